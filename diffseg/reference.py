@@ -1,0 +1,247 @@
+"""The ops in plain torch, in GEMM form: the oracle for every kernel, and the backend that runs anywhere.
+
+Arguments arrive validated by :mod:`diffseg.ops`. Arithmetic is in float64 where an input, or the output asked for, is
+float64, and in float32 otherwise. No function here waits for the device, except where its docstring says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]
+
+SMALLEST_PROBABILITY = 1e-30
+"""Probabilities are clamped from below to this inside logarithms, so that zeros stay finite and nothing is lost."""
+
+_ROWS_AT_ONCE = 2048  # rows of A_f whose logarithms exist at one time
+_PROPOSALS_AT_ONCE = 16  # proposals that are upsampled at one time
+_LARGEST_DEVICE_WALK = 1024  # proposals: beyond it (anchors > 32) the greedy walk is taken to the host
+
+
+def aggregate(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    grids: Sequence[Grid],
+    scales: Sequence[float],
+    logsumexps: Sequence[Tensor] | None,
+    ratios: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """A_f [B, N, N] from queries and keys, lists of [B, heads, n, d], and log-sum-exps of the scores, [B, heads, n]."""
+
+    def layer_map(layer: int, item: int, compute: torch.dtype) -> Tensor:
+        query, key = queries[layer][item].to(compute) * scales[layer], keys[layer][item].to(compute)
+        total = query.new_zeros(query.shape[1], key.shape[1])
+        for head in range(query.shape[0]):
+            scores = query[head] @ key[head].T
+            if logsumexps is None:
+                total += scores.softmax(-1)
+            else:
+                total += (scores - logsumexps[layer][item, head, :, None].to(compute)).exp_()
+        return total / query.shape[0]
+
+    compute = _compute_dtype(dtype, *queries, *keys)
+    return _aggregate(layer_map, queries[0].shape[0], queries[0].device, grids, ratios, compute, dtype)
+
+
+def aggregate_maps(
+    maps: Sequence[Tensor], grids: Sequence[Grid], ratios: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    """A_f [B, N, N] from attention maps, lists of [B, heads, n, n]."""
+
+    def layer_map(layer: int, item: int, compute: torch.dtype) -> Tensor:
+        return maps[layer][item].mean(0, dtype=compute)
+
+    compute = _compute_dtype(dtype, *maps)
+    return _aggregate(layer_map, maps[0].shape[0], maps[0].device, grids, ratios, compute, dtype)
+
+
+def _aggregate(layer_map, batch_size, device, grids, ratios, compute, dtype) -> Tensor:  # type: ignore[no-untyped-def]
+    """Sums ratio * normalise(upsample(M_k)) over the layers k, each row repeated to the output grid's queries."""
+    height, width = max(grids, key=lambda grid: grid[0] * grid[1])
+    cells = height * width
+    attention = torch.empty(batch_size, cells, cells, dtype=dtype, device=device)
+    for item in range(batch_size):
+        total = torch.zeros(height, width, cells, dtype=compute, device=device)
+        for layer, ((rows, columns), ratio) in enumerate(zip(grids, ratios, strict=True)):
+            averaged = layer_map(layer, item, compute)
+            if device.type == "cpu" and not bool(torch.isfinite(averaged).all()):
+                raise ValueError(non_finite_attention(layer))
+            upsampled = F.interpolate(
+                averaged.view(-1, 1, rows, columns), (height, width), mode="bilinear", align_corners=False
+            ).view(rows, columns, cells)
+            mass = upsampled.sum(-1, keepdim=True).clamp_min(SMALLEST_PROBABILITY)
+            upsampled = upsampled * (ratio / mass)
+            if (rows, columns) == (height, width):
+                total += upsampled
+            else:
+                row = torch.arange(height, device=device) * rows // height
+                column = torch.arange(width, device=device) * columns // width
+                total += upsampled[row[:, None], column]
+        attention[item] = total.view(cells, cells)
+    return attention
+
+
+def non_finite_attention(layer: int) -> str:
+    """The message with which every backend reports NaN or infinity in the attention of a layer."""
+    return (
+        f"layer {layer}: expected finite attention, found NaN or infinity (in float16 the network may have overflowed: "
+        "use bfloat16 or float32)"
+    )
+
+
+def merge(
+    attention: Tensor,
+    grid: Grid,
+    anchors: Sequence[int],
+    thresholds: Sequence[float],
+    rule: Literal["paper", "official"],
+    *,
+    walk: Literal["device", "host"] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Proposals ``(maps [B, P, N], counts [B] int32)``, P = len(anchors), padded with zeros.
+
+    ``walk`` says where the greedy walk of the later rounds runs: on the device as P steps of small tensor ops, without
+    waiting for it, or on the host, which does wait. Left out, it is the host for CPU tensors and for lists too long to
+    step through on a device.
+    """
+    if walk is None:
+        walk = "host" if attention.device.type == "cpu" or len(anchors) > _LARGEST_DEVICE_WALK else "device"
+    maps = torch.stack([_first_round(item, anchors, thresholds[0]) for item in attention])
+    counts = torch.full((len(maps),), len(anchors), dtype=torch.int32, device=maps.device)
+    for threshold in thresholds[1:]:
+        maps, counts = _later_round(maps, counts, threshold, rule, walk)
+    return maps, counts
+
+
+def _first_round(attention: Tensor, anchors: Sequence[int], threshold: float) -> Tensor:
+    """For each anchor the mean of all maps within ``threshold`` of it: [N, N] -> [P, N]."""
+    compute = _compute_dtype(attention.dtype)
+    index = torch.tensor(anchors, device=attention.device)
+    anchor, anchor_log, anchor_entropy = _log_terms(attention[index].to(compute))
+    total = torch.zeros_like(anchor)
+    count = anchor.new_zeros(len(anchors), 1)
+    for start in range(0, len(attention), _ROWS_AT_ONCE):
+        maps = attention[start : start + _ROWS_AT_ONCE].to(compute)
+        clamped, log, entropy = _log_terms(maps)
+        if maps.device.type == "cpu" and not bool(torch.isfinite(maps.sum(-1) + entropy).all()):
+            raise ValueError("attention: expected finite values, found NaN or infinity")
+        cross = anchor @ log.T + anchor_log @ clamped.T
+        near = (anchor_entropy[:, None] + entropy - cross) / 2 < threshold
+        near |= index[:, None] == torch.arange(start, start + len(maps), device=index.device)  # matches itself
+        total += near.to(compute) @ maps
+        count += near.sum(-1, keepdim=True)
+    return total / count
+
+
+def _later_round(maps: Tensor, counts: Tensor, threshold: float, rule: str, walk: str) -> tuple[Tensor, Tensor]:
+    """Merges the lists greedily: [B, P, N], [B] -> the same shapes, with counts no larger."""
+    length = maps.shape[1]
+    clamped, log, entropy = _log_terms(maps)
+    cross = clamped @ log.mT
+    near = (entropy[:, :, None] + entropy[:, None] - cross - cross.mT) / 2 < threshold
+    near |= torch.eye(length, dtype=torch.bool, device=maps.device)
+    listed = torch.arange(length, device=maps.device) < counts[:, None]
+    near &= listed[:, :, None] & listed[:, None]
+    groups = walk_on_device(near, rule) if walk == "device" else walk_on_host(near, rule)
+    heads = groups.any(-1)
+    order = torch.argsort(heads.logical_not().to(torch.int8), dim=-1, stable=True)
+    groups = groups.gather(1, order[:, :, None].expand_as(groups)).to(maps.dtype)
+    return (groups @ maps) / groups.sum(-1, keepdim=True).clamp_min(1), heads.sum(-1, dtype=torch.int32)
+
+
+def walk_on_device(near: Tensor, rule: str) -> Tensor:
+    """Greedy grouping of bool [B, P, P] (row i: the elements near i, itself included, rows past the count empty).
+
+    Row i of the result is the group that element i heads, empty where i is no head.
+    """
+    groups = torch.zeros_like(near)
+    taken = torch.zeros_like(near[:, 0])
+    for element in range(near.shape[1]):
+        head = near[:, element, element] & ~taken[:, element]
+        group = near[:, element] & head[:, None]
+        groups[:, element] = group & ~taken if rule == "paper" else group
+        taken |= group
+    return groups
+
+
+def walk_on_host(near: Tensor, rule: str) -> Tensor:
+    """The same grouping as :func:`walk_on_device`, walked on the host, so that each step costs a row of bits."""
+    rows = near.cpu().numpy()
+    groups = torch.zeros(near.shape, dtype=torch.bool)
+    for bits, group in zip(rows, groups.numpy(), strict=True):
+        free = bits.diagonal().copy()
+        for element in range(len(bits)):
+            if free[element]:
+                group[element] = bits[element] & free if rule == "paper" else bits[element]
+                free &= ~bits[element]
+    return groups.to(near.device)
+
+
+def _log_terms(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """p', log(p' N) and sum p' log(p' N) over the last axis; the factor N keeps the logarithms near 0 and drops out."""
+    clamped = maps.clamp_min(SMALLEST_PROBABILITY)
+    log = (clamped * maps.shape[-1]).log_()
+    return clamped, log, (clamped * log).sum(-1)
+
+
+def refine(attention: Tensor, maps: Tensor, counts: Tensor, max_iterations: int) -> tuple[Tensor, Tensor]:
+    """Lloyd's iterations on the rows of A_f from the proposals as centres. Waits for the device at every iteration."""
+    compute = maps.dtype
+    refined, kept = torch.zeros_like(maps), torch.zeros_like(counts)
+    for item in range(len(maps)):
+        points = attention[item].to(compute)
+        offset = points.mean(0)  # distances do not change, and their rounding error falls
+        points = points - offset
+        centres = maps[item, : int(counts[item])] - offset
+        labels = _nearest(points, centres)
+        for _ in range(max_iterations):
+            means, sizes = _cluster_means(points, labels, len(centres))
+            centres = torch.where(sizes[:, None] > 0, means, centres)
+            previous, labels = labels, _nearest(points, centres)
+            if torch.equal(previous, labels):
+                break
+        means, sizes = _cluster_means(points, labels, len(centres))
+        means = means[sizes > 0] + offset
+        refined[item, : len(means)] = means
+        kept[item] = len(means)
+    return refined, kept
+
+
+def _nearest(points: Tensor, centres: Tensor) -> Tensor:
+    return torch.addmm(centres.square().sum(-1), points, centres.T, alpha=-2).argmin(-1)
+
+
+def _cluster_means(points: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    members = F.one_hot(labels, clusters).to(points.dtype)
+    sizes = members.sum(0)
+    return (members.T @ points) / sizes.clamp_min(1)[:, None], sizes
+
+
+def label(maps: Tensor, counts: Tensor, grid: Grid, size: Grid) -> Tensor:
+    """The winning proposal of each pixel, int32 [B, H, W]; ties go to the lowest index."""
+    batch_size, length, _ = maps.shape
+    if maps.device.type == "cpu":
+        length = int(counts.max())  # costs no wait here, and the padding is most of the list
+    compute = _compute_dtype(maps.dtype)
+    best = torch.full((batch_size, *size), -torch.inf, dtype=compute, device=maps.device)
+    winner = torch.zeros((batch_size, *size), dtype=torch.int32, device=maps.device)
+    for start in range(0, length, _PROPOSALS_AT_ONCE):
+        some = maps[:, start : min(start + _PROPOSALS_AT_ONCE, length)].to(compute)
+        upsampled = F.interpolate(some.unflatten(-1, grid), size, mode="bilinear", align_corners=False)
+        listed = torch.arange(start, start + some.shape[1], device=maps.device) < counts[:, None]
+        value, index = upsampled.masked_fill_(~listed[:, :, None, None], -torch.inf).max(1)
+        better = value > best
+        best = torch.where(better, value, best)
+        winner = torch.where(better, (index + start).to(torch.int32), winner)
+    return winner
+
+
+def _compute_dtype(dtype: torch.dtype, *tensors: Tensor) -> torch.dtype:
+    wide = dtype == torch.float64 or any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32

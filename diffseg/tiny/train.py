@@ -1,0 +1,165 @@
+"""Trains the bundled model: plain noise prediction on generated scenes, without any mask.
+
+    python -m diffseg.tiny.train --output runs/tiny
+
+Interrupt it at will: the same command goes on from the last checkpoint, with the same batches as an uninterrupted run,
+since every batch follows from the seed and its step alone. At the end the averaged weights are written in fp16 as a
+diffusers pipeline, ``OUTPUT/model``, that ``DiffSegPipeline.from_pretrained`` loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from .scenes import TRAIN_SEEDS, scene
+
+CROP = 32
+TIMESTEPS_OF_INTEREST = (50, 500)  # 80 % of the draws; segmentation reads the network at t = 300
+
+
+def build_unet() -> UNet2DConditionModel:
+    """SD 1.4's layer structure (self-attention 5 + 5 + 5 + 1 on four grids), narrow and in pixel space."""
+    return UNet2DConditionModel(
+        sample_size=64,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(32, 48, 64, 64),
+        layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        attention_head_dim=2,  # as in SD 1.4's own configuration, this is the number of heads
+        cross_attention_dim=16,
+        norm_num_groups=8,
+    )
+
+
+def build_scheduler() -> DDPMScheduler:
+    """SD 1.4's noise schedule."""
+    return DDPMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def draw_batch(scenes: NDArray[np.uint8], batch_size: int, rng: np.random.Generator) -> torch.Tensor:
+    """Crops, or every fourth time whole scenes at half size, mirrored and with shuffled colours; in [-1, 1]."""
+    batch = np.empty((batch_size, CROP, CROP, 3), np.uint8)
+    for item in batch:
+        picture = scenes[rng.integers(len(scenes))]
+        if rng.random() < 0.25:
+            half = picture.astype(np.float32).reshape(CROP, 2, CROP, 2, 3).mean((1, 3))
+            picture = (half + 0.5).astype(np.uint8)
+        top, left = rng.integers(0, picture.shape[0] - CROP + 1, 2)
+        picture = picture[top : top + CROP, left : left + CROP]
+        picture = picture[:: rng.choice([-1, 1]), :: rng.choice([-1, 1])]
+        item[:] = picture[..., rng.permutation(3)]
+    return torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def draw_timesteps(batch_size: int, rng: np.random.Generator) -> torch.Tensor:
+    usual = rng.integers(*TIMESTEPS_OF_INTEREST, batch_size)
+    return torch.from_numpy(np.where(rng.random(batch_size) < 0.8, usual, rng.integers(0, 1000, batch_size)))
+
+
+def train(arguments: argparse.Namespace) -> None:
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint_path = output / "checkpoint.pt"
+    device = torch.device(arguments.device)
+
+    torch.manual_seed(arguments.seed)
+    unet = build_unet().to(device).train()
+    forward = torch.compile(unet) if arguments.compile else unet
+    scheduler = build_scheduler()
+    ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 100, arguments.steps)
+    settings = {name: getattr(arguments, name) for name in ("seed", "steps", "scenes", "batch_size", "learning_rate")}
+
+    start, seen_loss = 0, None
+    if checkpoint_path.exists():
+        state = torch.load(checkpoint_path, map_location=device, weights_only=True)
+        if state["settings"] != settings:
+            raise SystemExit(
+                f"{checkpoint_path} was made with {state['settings']}, this run asks for {settings}: "
+                "give the same options to go on, or another --output to start anew"
+            )
+        unet.load_state_dict(state["unet"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        start, seen_loss = state["step"], state["loss"]
+
+    def save(step: int) -> None:
+        state = {
+            "settings": settings,
+            "step": step,
+            "loss": seen_loss,
+            "unet": unet.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+        }
+        temporary = checkpoint_path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, checkpoint_path)
+
+    if start < arguments.steps:
+        seeds = TRAIN_SEEDS[: arguments.scenes]
+        scenes = np.stack([scene(seed)[0] for seed in tqdm(seeds, desc="generating scenes", unit="scene")])
+        progress = tqdm(range(start, arguments.steps), desc="training", initial=start, total=arguments.steps)
+        for step in progress:
+            rng = np.random.default_rng((arguments.seed, step))
+            images = draw_batch(scenes, arguments.batch_size, rng).to(device)
+            timesteps = draw_timesteps(arguments.batch_size, rng).to(device)
+            noise = torch.from_numpy(rng.standard_normal(images.shape, np.float32)).to(device)
+            noisy = scheduler.add_noise(images, noise, timesteps)
+            context = torch.zeros(arguments.batch_size, 1, unet.config.cross_attention_dim, device=device)
+            loss = F.mse_loss(forward(noisy, timesteps, context).sample, noise)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            ema.step(unet.parameters())
+            seen_loss = loss.item() if seen_loss is None else 0.98 * seen_loss + 0.02 * loss.item()
+            progress.set_postfix(loss=f"{seen_loss:.4f}")
+            if (step + 1) % arguments.checkpoint_every == 0 or step + 1 == arguments.steps:
+                save(step + 1)
+
+    ema.copy_to(unet.parameters())
+    export(unet, output / "model")
+
+
+def export(unet: UNet2DConditionModel, directory: Path) -> None:
+    """Writes ``unet`` in fp16 as a :class:`diffseg.DiffSegPipeline` in pixel space."""
+    from ..pipeline import DiffSegPipeline
+
+    DiffSegPipeline(unet=unet.eval().half()).save_pretrained(directory)
+    print(f"wrote {directory}: choose its threshold with python -m diffseg.tiny.report --choose-threshold")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m diffseg.tiny.train", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", required=True, help="folder of the checkpoint and, at the end, of the model")
+    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="crops a step (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, default=6000, help="scenes to generate (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="its peak (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and noise (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS", help="(default: %(default)s)")
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Triton kernels of diffseg, installed as ``diffseg.kernels``."""
