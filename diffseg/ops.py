@@ -265,7 +265,7 @@ def output_grid(grids: Sequence[Grid]) -> Grid:
 
 
 def anchor_indices(grid: Grid, anchors: int | Sequence[int]) -> tuple[int, ...]:
-    """Flat indices of M x M evenly spaced cells, rows ((2i + 1) h - M) // (2M), i < M, columns alike; or those given."""
+    """Flat indices of M x M evenly spaced cells (rows ((2i + 1) h - M) // (2M), columns alike), or those given."""
     height, width = grid
     if isinstance(anchors, Integral) and not isinstance(anchors, bool):
         side = int(anchors)

@@ -27,7 +27,7 @@ _SMALLEST_REGION = 0.015  # a region that shows less of itself than this fractio
 
 
 def scene(seed: int, size: int = 64) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """One scene: ``(image, mask)``, uint8 [size, size, 3] (sRGB) and uint8 [size, size], regions 0..S-1 without gaps."""
+    """One scene: ``(image, mask)``, uint8 [size, size, 3] (sRGB) and uint8 [size, size] (regions 0..S-1, no gaps)."""
     rng = np.random.default_rng(seed)
     side = size * _SUPERSAMPLING
     y, x = (np.mgrid[0:side, 0:side].astype(np.float32) + 0.5) / side
