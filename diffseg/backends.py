@@ -98,7 +98,9 @@ def implementation(backend: str, op: str, device: torch.device, dtype: torch.dty
         chosen = BACKENDS[backend]
         chosen.can_run(op, device, dtype, raise_error=True)
     else:
-        chosen = next(each for each in BACKENDS.values() if each.automatic and each.can_run(op, device, dtype))
+        able = (each for each in BACKENDS.values() if each.automatic and each.can_run(op, device, dtype))
+        chosen = next(able, BACKENDS["reference"])
+        chosen.can_run(op, device, dtype, raise_error=True)
     function: Callable[..., Any] = getattr(chosen.load(), op)
     return function
 

@@ -39,8 +39,8 @@ class DiffSeg:
     It differs from the published class where that one crashes, loses something or rounds:
 
     - The first merge runs in float32. The published one runs in float16, where cells below 3e-8 become 0 and
-      their divergence NaN: those maps match nothing, and an anchor among them is lost. Here probabilities are clamped
-      at 1e-30 inside logarithms, and a map always matches itself.
+      their divergence NaN: those maps match nothing, an anchor among them is lost, and where all are it crashes. Here
+      probabilities are clamped at 1e-30 inside logarithms, and a map always matches itself.
     - ``kl_threshold`` may be one number, for three rounds, or a list of one, for one round; both crash there.
     - ``num_points=1`` is the one anchor (31, 31), as in ``diffseg.merge``; there it divides by zero. More than 64 are
       refused; there they are all the same point.
@@ -91,13 +91,16 @@ class DiffSeg:
             raise ValueError(f"num_of_points: expected 1 to {_SIDE}, got {num_of_points}")
         gaps = int(num_of_points) - 1
         step = (_SIDE - 1) // max(gaps, 1)
-        line = (_SIDE - 1 - step * gaps) // 2 + step * np.arange(gaps + 1)
+        line = (_SIDE - 1 - step * gaps) // 2 + step * np.arange(gaps + 1, dtype=np.int64)
         return np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
 
     def get_weight_rato(self, weight_list: Sequence[Any]) -> NDArray[np.float64]:
         """The share of each layer, [..., n, tokens], in proportion to sqrt(n): float64 [layers], sum 1."""
         _check_list("weight_list", weight_list)
-        sides = np.sqrt([weights.shape[-2] for weights in weight_list])
+        shapes = [np.shape(weights) for weights in weight_list]
+        if min(len(shape) for shape in shapes) < 2:
+            raise ValueError(f"weight_list: expected arrays [..., n, tokens], got shapes {shapes}")
+        sides = np.sqrt([shape[-2] for shape in shapes])
         return np.asarray(sides / sides.sum())
 
     def segment(
@@ -203,7 +206,7 @@ class DiffSeg:
             float64 [A, 64, 64] from round 0; [proposals, 1, 64, 64] from later ones.
         """
         thresholds = _check_thresholds(kl_threshold)
-        if not 0 <= iter < len(thresholds):
+        if not isinstance(iter, Integral) or not 0 <= iter < len(thresholds):
             raise ValueError(f"iter: expected 0 to {len(thresholds) - 1}, one of the rounds, got {iter}")
         if iter > 0:
             return self._merge_list(attns, thresholds[iter])
@@ -230,18 +233,18 @@ class DiffSeg:
         if voting not in ("majority", "mean"):
             raise ValueError(f"voting: expected 'majority' or 'mean', got {voting!r}")
         labels = _to_numpy(_to_tensor("pred", pred))
-        weights = _to_tensor("x_weight", x_weight)
+        weights = _to_numpy(_float_tensor("x_weight", x_weight))
         weights = weights[0] if weights.ndim == 4 and len(weights) == 1 else weights
         if labels.ndim != 2 or weights.ndim != 3 or weights.shape[:2] != labels.shape:
             raise ValueError(
                 "pred, x_weight: expected [H, W] and [H, W, tokens] of one image, "
-                f"got {list(labels.shape)} and {list(np.shape(x_weight))}"
+                f"got {list(labels.shape)} and {list(weights.shape)}"
             )
         words: defaultdict[str, list[Any]] = defaultdict(list)
         if not nouns:
             return words
-        attention = _to_numpy(weights[..., _token_indices(nouns, weights.shape[-1])].double()).reshape(labels.size, -1)
-        attention = attention / np.maximum(np.linalg.norm(attention, axis=0), np.finfo(np.float64).tiny)
+        attention = weights[..., _token_indices(nouns, weights.shape[-1])].reshape(labels.size, -1).astype(np.float64)
+        attention /= np.maximum(np.linalg.norm(attention, axis=0), np.finfo(np.float64).tiny)
         ids, mask_of = np.unique(labels.reshape(-1), return_inverse=True)
         vote = _median_noun if voting == "majority" else _strongest_noun
         for mask, noun in zip(ids, vote(attention, mask_of), strict=True):
@@ -249,7 +252,7 @@ class DiffSeg:
         return words
 
     def KL(self, x: Any, Y: Any) -> NDArray[np.floating[Any]]:  # noqa: N802, N803
-        """Symmetric KL divergence of maps [..., h, w], the leading dimensions broadcast; in the dtype of the input."""
+        """Symmetric KL divergence of maps [..., h, w], the leading dimensions broadcast, in the dtype of the input."""
         first, second = self._tensor("x", x), self._tensor("Y", Y)
         if first.ndim < 2 or second.ndim < 2 or first.shape[-2:] != second.shape[-2:]:
             raise ValueError(
@@ -266,12 +269,12 @@ class DiffSeg:
 
     def _ratios(self, weight_list: Sequence[Any], weight_ratio: Sequence[float] | None) -> list[float]:
         given = self.get_weight_rato(weight_list) if weight_ratio is None else weight_ratio
-        ratios = _check_numbers("weight_ratio", given)
-        if len(ratios) != len(weight_list):
-            raise ValueError(f"weight_ratio: expected {len(weight_list)} numbers, one a layer, got {len(ratios)}")
-        if min(ratios) < 0 or sum(ratios) <= 0:
-            raise ValueError(f"weight_ratio: expected no negative number and a positive sum, got {ratios}")
-        return ratios
+        ratios = _numbers("weight_ratio", given)
+        if ratios.shape != (len(weight_list),):
+            raise ValueError(f"weight_ratio: expected {len(weight_list)} numbers, one a layer, got {weight_ratio}")
+        if ratios.min() < 0 or ratios.sum() <= 0:
+            raise ValueError(f"weight_ratio: expected no negative number and a positive sum, got {weight_ratio}")
+        return [float(ratio) for ratio in ratios]
 
     def _aggregate(self, maps: Sequence[Tensor], weight_ratio: Sequence[float] | None) -> tuple[Tensor, float]:
         """A_f [1, N, N], rows of sum 1, and the sum that the published rows have."""
@@ -355,9 +358,11 @@ def _strongest_noun(attention: NDArray[np.float64], mask_of: NDArray[np.intp]) -
 
 
 def _token_indices(nouns: Sequence[tuple[int, str]], tokens: int) -> list[int]:
-    for index, word in nouns:
-        if not 0 <= index < tokens - 1:
-            raise ValueError(f"nouns: expected indices from 0 to {tokens - 2}, got {index} for {word!r}")
+    for noun in nouns:
+        if not isinstance(noun, Sequence) or len(noun) != 2 or not isinstance(noun[0], Integral):
+            raise TypeError(f"nouns: expected (index, word), got {_describe(noun)}")
+        if not 0 <= noun[0] < tokens - 1:
+            raise ValueError(f"nouns: expected indices from 0 to {tokens - 2}, got {noun[0]} for {noun[1]!r}")
     return [int(index) + 1 for index, _ in nouns]
 
 
@@ -374,23 +379,22 @@ def _flat_indices(grid: Any) -> list[int]:
 
 def _check_thresholds(kl_threshold: Any) -> list[float]:
     """The threshold of each round; one number stands for three rounds."""
-    thresholds = _check_numbers(
-        "kl_threshold", [kl_threshold] * _ROUNDS if np.ndim(kl_threshold) == 0 else kl_threshold
-    )
-    if not thresholds or min(thresholds) <= 0:
+    thresholds = _numbers("kl_threshold", kl_threshold)
+    if thresholds.ndim == 0:
+        thresholds = thresholds.repeat(_ROUNDS)
+    if thresholds.ndim != 1 or not len(thresholds) or thresholds.min() <= 0:
         raise ValueError(f"kl_threshold: expected one positive number a round, got {kl_threshold}")
-    return thresholds
+    return [float(threshold) for threshold in thresholds]
 
 
-def _check_numbers(name: str, values: Any) -> list[float]:
+def _numbers(name: str, values: Any) -> NDArray[np.float64]:
     try:
         numbers = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a list of numbers, got {_describe(values)}") from None
-    if numbers.ndim != 1 or not np.isfinite(numbers).all():
-        raise ValueError(f"{name}: expected a list of finite numbers, got {_describe(values)}")
-    listed: list[float] = numbers.tolist()
-    return listed
+        raise TypeError(f"{name}: expected numbers, got {_describe(values)}") from None
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name}: expected finite numbers, got {_describe(values)}")
+    return numbers
 
 
 def _check_list(name: str, values: Any) -> None:
@@ -406,13 +410,14 @@ def _images(name: str, weights: Any, side: int) -> list[Tensor]:
         images = [_float_tensor(f"{name}[{index}]", image) for index, image in enumerate(weights)]
     else:
         batch = _float_tensor(name, weights)
-        images = list(batch) if batch.ndim == 4 else [batch]
+        if batch.ndim != 4:
+            raise ValueError(f"{name}: expected [batch, heads, {side**2}, {side**2}], got {_describe(batch)}")
+        images = list(batch)
     if not images:
         raise ValueError(f"{name}: expected at least one image, got none")
-    expected = torch.Size((side**2, side**2))
-    for image in images:
-        if image.ndim != 3 or not len(image) or image.shape[1:] != expected:
-            raise ValueError(f"{name}: expected [batch, heads, {side**2}, {side**2}], got {_describe(weights)}")
+    for index, image in enumerate(images):
+        if image.ndim != 3 or not len(image) or image.shape[1:] != (side**2, side**2):
+            raise ValueError(f"{name}[{index}]: expected [heads, {side**2}, {side**2}], got {_describe(image)}")
     return images
 
 
@@ -460,7 +465,8 @@ def _to_tensor(name: str, array: Any) -> Tensor:
 
 
 def _to_numpy(tensor: Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = tensor.contiguous().cpu().numpy()
+    """``tensor`` as a contiguous array, bfloat16, which NumPy lacks, as float32."""
+    array: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().cpu().numpy()
     return array
 
 

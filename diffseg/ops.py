@@ -160,8 +160,7 @@ def merge(
     grid = _check_grids(None if grid is None else [grid], [cells], name="grid")[0]
     positions = anchor_indices(grid, anchors)
     thresholds = _check_thresholds(threshold, iterations)
-    if rule not in RULES:
-        raise ValueError(f"rule: expected one of {RULES}, got {rule!r}")
+    _check_rule(rule)
     run = backends.implementation(backend, "merge", attention.device, attention.dtype)
     maps, counts = run(attention, grid, positions, thresholds, rule)
     return Proposals(maps, counts, grid)
@@ -239,10 +238,13 @@ def segment(
     """
     size = _check_pair("size", size)
     _check_thresholds(threshold, iterations)
+    _check_rule(rule)
+    _check_layers("queries", queries, dimensions=("batch", "heads", "n", "d"))
+    grid = output_grid(_check_grids(grids, [query.shape[2] for query in queries]))
+    anchors = anchor_indices(grid, anchors)
     attention = aggregate(
         queries, keys, grids=grids, scales=scales, logsumexps=logsumexps, weights=weights, backend=backend
     )
-    grid = output_grid(_check_grids(grids, [query.shape[2] for query in queries]))
     proposals = merge(
         attention, grid=grid, anchors=anchors, iterations=iterations, threshold=threshold, rule=rule, backend=backend
     )
@@ -267,22 +269,23 @@ def output_grid(grids: Sequence[Grid]) -> Grid:
 def anchor_indices(grid: Grid, anchors: int | Sequence[int]) -> tuple[int, ...]:
     """Flat indices of M x M evenly spaced cells (rows ((2i + 1) h - M) // (2M), columns alike), or those given."""
     height, width = grid
-    if isinstance(anchors, Integral) and not isinstance(anchors, bool):
-        side = int(anchors)
+    given: Any = _plain(anchors)
+    if isinstance(given, Integral) and not isinstance(given, bool):
+        side = int(given)
         if not 1 <= side <= min(grid):
             raise ValueError(f"anchors: expected 1 to {min(grid)} anchors a side on a grid of {grid}, got {side}")
         rows = [((2 * i + 1) * height - side) // (2 * side) for i in range(side)]
         columns = [((2 * i + 1) * width - side) // (2 * side) for i in range(side)]
         return tuple(row * width + column for row in rows for column in columns)
-    if isinstance(anchors, (str, bytes, bool)) or not hasattr(anchors, "__iter__"):
+    if isinstance(given, (str, bytes, bool)) or not hasattr(given, "__iter__"):
         raise TypeError(f"anchors: expected an int or a sequence of flat indices, got {_describe(anchors)}")
-    positions = anchors.tolist() if isinstance(anchors, Tensor) else list(anchors)
+    positions = list(given)
     if not positions:
         raise ValueError("anchors: expected at least one index, got none")
     for position in positions:
         if isinstance(position, bool) or not isinstance(position, Integral):
             raise TypeError(f"anchors: expected ints, got {_describe(position)}")
-        if not 0 <= position < height * width:
+        if not 0 <= int(position) < height * width:
             raise ValueError(f"anchors: expected indices from 0 to {height * width - 1}, got {position}")
     return tuple(int(position) for position in positions)
 
@@ -290,9 +293,8 @@ def anchor_indices(grid: Grid, anchors: int | Sequence[int]) -> tuple[int, ...]:
 def resolve_weights(weights: Weights, grids: Sequence[Grid]) -> list[float]:
     """The share R_k of each layer, summing to 1; see :func:`aggregate`."""
     cells = [rows * columns for rows, columns in grids]
+    _check_scheme(weights)
     if isinstance(weights, str):
-        if weights not in WEIGHT_SCHEMES:
-            raise ValueError(f"weights: expected one of {WEIGHT_SCHEMES} or a float a layer, got {weights!r}")
         shares = [math.sqrt(n) for n in cells]
         if weights == "proportional":
             layers = Counter(grids)
@@ -384,7 +386,7 @@ def _check_integer(name: str, value: Any, smallest: int) -> None:
 
 def _check_numbers(name: str, values: Any, length: int) -> list[float]:
     """Finite floats, ``length`` of them."""
-    values = values.tolist() if isinstance(values, Tensor) else values
+    values = _plain(values)
     if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
         raise TypeError(f"{name}: expected {length} numbers, got {_describe(values)}")
     _check_length(name, values, length)
@@ -398,6 +400,7 @@ def _check_numbers(name: str, values: Any, length: int) -> list[float]:
 
 def _check_thresholds(threshold: Any, iterations: Any) -> list[float]:
     _check_integer("iterations", iterations, 1)
+    threshold = _plain(threshold)
     given = [threshold] * int(iterations) if isinstance(threshold, Real) else threshold
     if hasattr(given, "__len__") and not isinstance(given, str) and len(given) != iterations:
         raise ValueError(f"threshold: expected one number, or {iterations}, one a round, got {len(given)}")
@@ -405,6 +408,16 @@ def _check_thresholds(threshold: Any, iterations: Any) -> list[float]:
     if min(thresholds) <= 0:
         raise ValueError(f"threshold: expected positive numbers, got {threshold}")
     return thresholds
+
+
+def _check_rule(rule: Any) -> None:
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {RULES}, got {rule!r}")
+
+
+def _check_scheme(weights: Any) -> None:
+    if isinstance(weights, str) and weights not in WEIGHT_SCHEMES:
+        raise ValueError(f"weights: expected one of {WEIGHT_SCHEMES} or a float a layer, got {weights!r}")
 
 
 def _check_storage_dtype(name: str, dtype: Any) -> None:
@@ -427,6 +440,8 @@ def _check_proposals(proposals: Any) -> None:
         raise TypeError(f"proposals: expected diffseg.Proposals, got {_describe(proposals)}")
     maps, counts, grid = proposals
     _check_tensor("proposals.maps", maps, ("batch", "P", "N"))
+    if maps.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"proposals.maps: expected torch.float32 or torch.float64, got {maps.dtype}")
     height, width = _check_pair("proposals.grid", grid)
     if height * width != maps.shape[2]:
         raise ValueError(f"proposals.grid: expected height * width = {maps.shape[2]}, got {height} x {width}")
@@ -436,6 +451,11 @@ def _check_proposals(proposals: Any) -> None:
         raise ValueError(f"proposals.counts: expected a tensor on {maps.device}, got {counts.device}")
     if counts.device.type == "cpu" and not bool(((counts >= 1) & (counts <= maps.shape[1])).all()):
         raise ValueError(f"proposals.counts: expected 1 to {maps.shape[1]}, got {counts.tolist()}")
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of torch and numpy as Python's own: a number or nested lists; anything else as it came."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _describe(value: Any) -> str:

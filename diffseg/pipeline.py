@@ -12,10 +12,11 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from . import backends, ops
 from . import images as image_io
-from . import ops
 from .capture import record_attention
-from .ops import Grid, Proposals, Rule, Weights
+from .ops import Proposals, Rule, Weights
+from .reference import Grid
 from .visualize import label_image
 
 DEFAULT_THRESHOLD = 1.0
@@ -149,7 +150,10 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         ops._check_integer("timestep", timestep, 0)
         threshold = self.config.threshold if threshold is None else threshold
         ops._check_thresholds(threshold, iterations)
-        options = {"iterations": iterations, "threshold": threshold, "rule": rule, "backend": backend}
+        ops._check_integer("anchors", anchors, 1)
+        ops._check_rule(rule)
+        ops._check_scheme(weights)
+        backends.check_name(backend)
         given = image_io.as_list(image)
         if not given:
             raise ValueError("image: expected at least one image, got an empty list")
@@ -165,7 +169,15 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                 size = sizes[batch[0]]
                 attention, grid = self._attention([pictures[i] for i in batch], size, timestep, weights, backend, clock)
                 with clock("merge"):
-                    proposals = ops.merge(attention, grid=grid, anchors=min(anchors, *grid), **options)
+                    proposals = ops.merge(
+                        attention,
+                        grid=grid,
+                        anchors=min(anchors, *grid),
+                        iterations=iterations,
+                        threshold=threshold,
+                        rule=rule,
+                        backend=backend,
+                    )
                 if refine:
                     with clock("refine"):
                         proposals = ops.refine(attention, proposals)
@@ -251,18 +263,20 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def _processed_size(self, size: Grid, resolution: Union[int, Sequence[int], None]) -> Grid:  # noqa: UP007
         """The (height, width) at which an image of ``size`` is processed."""
-        multiple = self.size_multiple
-        if resolution is None:
-            sample_size = self.unet.config.sample_size
-            resolution = (max(sample_size) if isinstance(sample_size, (list, tuple)) else sample_size) * (
-                self.vae_scale_factor
-            )
-        if isinstance(resolution, (list, tuple)):
+        wanted: tuple[float, float]
+        if isinstance(resolution, Sequence):
             wanted = ops._check_pair("processing_resolution", resolution)
         else:
-            ops._check_integer("processing_resolution", resolution, 1)
-            wanted = tuple(resolution * side / max(size) for side in size)
-        return tuple(max(1, round(side / multiple)) * multiple for side in wanted)  # type: ignore[return-value]
+            longer = self._default_resolution() if resolution is None else resolution
+            ops._check_integer("processing_resolution", longer, 1)
+            wanted = (longer * size[0] / max(size), longer * size[1] / max(size))
+        height, width = (max(1, round(side / self.size_multiple)) * self.size_multiple for side in wanted)
+        return height, width
+
+    def _default_resolution(self) -> int:
+        """The side, in pixels, at which the UNet was trained."""
+        sample_size = self.unet.config.sample_size
+        return (max(sample_size) if isinstance(sample_size, Sequence) else sample_size) * self.vae_scale_factor
 
 
 class _StageClock:

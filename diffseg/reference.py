@@ -36,6 +36,7 @@ def aggregate(
 
     def layer_map(layer: int, item: int, compute: torch.dtype) -> Tensor:
         query, key = queries[layer][item].to(compute) * scales[layer], keys[layer][item].to(compute)
+        _check_finite(layer, query, key, *(() if logsumexps is None else (logsumexps[layer][item],)))
         total = query.new_zeros(query.shape[1], key.shape[1])
         for head in range(query.shape[0]):
             scores = query[head] @ key[head].T
@@ -70,8 +71,7 @@ def _aggregate(layer_map, batch_size, device, grids, ratios, compute, dtype) -> 
         total = torch.zeros(height, width, cells, dtype=compute, device=device)
         for layer, ((rows, columns), ratio) in enumerate(zip(grids, ratios, strict=True)):
             averaged = layer_map(layer, item, compute)
-            if device.type == "cpu" and not bool(torch.isfinite(averaged).all()):
-                raise ValueError(non_finite_attention(layer))
+            _check_finite(layer, averaged)
             upsampled = F.interpolate(
                 averaged.view(-1, 1, rows, columns), (height, width), mode="bilinear", align_corners=False
             ).view(rows, columns, cells)
@@ -85,6 +85,12 @@ def _aggregate(layer_map, batch_size, device, grids, ratios, compute, dtype) -> 
                 total += upsampled[row[:, None], column]
         attention[item] = total.view(cells, cells)
     return attention
+
+
+def _check_finite(layer: int, *tensors: Tensor) -> None:
+    """On the CPU, where looking costs no wait. A score of -inf leaves finite attention behind: look at inputs too."""
+    if any(tensor.device.type == "cpu" and not bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise ValueError(non_finite_attention(layer))
 
 
 def non_finite_attention(layer: int) -> str:

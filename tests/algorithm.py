@@ -28,7 +28,7 @@ def softmax_maps(queries: Array, keys: Array, scale: float) -> Array:
 
 
 def bilinear(image: Array, size: Grid) -> Array:
-    """[h, w] -> [H, W] by four taps a pixel; the centre of pixel y lies at (y + 1/2) h / H - 1/2, edges are repeated."""
+    """[h, w] -> [H, W] by four taps a pixel; the centre of pixel y is at (y + 1/2) h / H - 1/2, edges are repeated."""
     h, w = image.shape
     height, width = size
     result = np.zeros(size)

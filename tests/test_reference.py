@@ -223,7 +223,8 @@ class TestMerge:
         maps = torch.tensor([rows], dtype=torch.float64)
         first, middle, last = maps[0].numpy()
         near, far = algorithm.divergence(first, middle), algorithm.divergence(first, last)
-        assert algorithm.divergence(middle, last) < 0.2 and near < 0.2 < far
+        assert algorithm.divergence(middle, last) < 0.2
+        assert near < 0.2 < far
         options: dict[str, Any] = {"grid": (1, 3), "anchors": [0, 1, 2], "iterations": 2, "threshold": [1e-9, 0.2]}
         paper, official = (reference_merge(maps, rule=rule, **options) for rule in RULES)
         assert paper.counts.tolist() == official.counts.tolist() == [2]
@@ -276,20 +277,19 @@ class TestMerge:
                 assert found.counts.tolist() == [count], (first, second, distance)
 
     @pytest.mark.parametrize("rule", RULES)
-    def test_float32_equals_float64_away_from_the_threshold(
-        self, attention: Callable[..., Tensor], rule: str
-    ) -> None:
+    def test_float32_equals_float64_away_from_the_threshold(self, attention: Callable[..., Tensor], rule: str) -> None:
         maps = attention((16, 16), batch=3, regions=6, seed=5, dtype=torch.float32)
         single = reference_merge(maps, anchors=8, threshold=0.7, rule=rule)
         double = reference_merge(maps.double(), anchors=8, threshold=0.7, rule=rule)
-        assert single.maps.dtype == torch.float32 and double.maps.dtype == torch.float64
+        assert single.maps.dtype == torch.float32
+        assert double.maps.dtype == torch.float64
         assert torch.equal(single.counts, double.counts)
         torch.testing.assert_close(single.maps.double(), double.maps, rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("smallest", [0.0, 1e-42, 1e-35, 1e-31])
     def test_zeros_and_probabilities_below_the_clamp(self, smallest: float, dtype: torch.dtype) -> None:
-        """Three blocks of cells that attend to themselves alone: three proposals, whatever stands in the other cells."""
+        """Three blocks of cells that attend to themselves alone are three proposals, whatever the other cells hold."""
         block = torch.arange(36) // 12
         same = block[:, None] == block
         maps = torch.where(same, 1 / 12, smallest * torch.rand(36, 36)).to(dtype)[None]
@@ -342,7 +342,8 @@ class TestMerge:
         for iterations in range(1, 6):
             found = reference_merge(maps, anchors=8, iterations=iterations, threshold=0.2)
             assert found.counts.dtype == torch.int32
-            assert (found.counts >= 1).all() and (found.counts <= before).all()
+            assert found.counts.min() >= 1
+            assert found.counts.max() <= before
             before = int(found.counts.max())
         assert reference_merge(maps, anchors=8, iterations=1).counts.tolist() == [64, 64]
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -23,5 +25,5 @@ def test_regions_can_be_seen(seed):
 
 def test_seed_ranges_do_not_meet():
     ranges = (scenes.TRAIN_SEEDS, scenes.THRESHOLD_SEEDS, scenes.REPORT_SEEDS)
-    for first, second in zip(ranges, ranges[1:], strict=False):
+    for first, second in pairwise(ranges):
         assert first.stop <= second.start

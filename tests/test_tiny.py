@@ -33,17 +33,19 @@ def test_it_segments_scenes(pipe):
     assert accuracy["DiffSeg"] > accuracy["one segment"] + 0.2
 
 
-def test_choosing_a_threshold(pipe, monkeypatch):
-    monkeypatch.setattr(report, "THRESHOLDS", (1e-4, pipe.config.threshold, 100.0))
-    best, means = report.choose_threshold(pipe, 3)
-    assert best == pipe.config.threshold
-    assert list(means) == [1e-4, pipe.config.threshold, 100.0]
+def test_choosing(pipe, monkeypatch):
+    timestep, threshold = pipe.config.timestep, pipe.config.threshold
+    monkeypatch.setattr(report, "TIMESTEPS", (timestep,))
+    monkeypatch.setattr(report, "THRESHOLDS", (1e-4, threshold, 100.0))
+    accuracies = report.choose(pipe, 3)
+    assert list(accuracies) == [(timestep, 1e-4), (timestep, threshold), (timestep, 100.0)]
+    assert max(accuracies, key=accuracies.get) == (timestep, threshold)
 
 
 def run_training(monkeypatch, output, *, stop_after=None):
     monkeypatch.setattr(
         sys, "argv",
-        ["train", "--output", str(output), "--steps", "4", "--batch-size", "2", "--scenes", "3", "--checkpoint-every", "2"],
+        f"train --output {output} --steps 4 --batch-size 2 --scenes 3 --checkpoint-every 2".split(),
     )  # fmt: skip
     if stop_after is None:
         train.main()

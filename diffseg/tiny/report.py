@@ -1,7 +1,7 @@
-"""Chooses the bundled model's threshold and reports its accuracy, each on scenes of its own seeds.
+"""Chooses the bundled model's timestep and threshold, and reports its accuracy, each on scenes of its own seeds.
 
-    python -m diffseg.tiny.report                        # the table, on 200 held-out scenes
-    python -m diffseg.tiny.report --choose-threshold     # writes the best threshold into the model's configuration
+    python -m diffseg.tiny.report                         # the table, on 200 held-out scenes
+    python -m diffseg.tiny.report --choose --scenes 50    # writes the best choice into the model's configuration
 
 No scene of either set was trained on, and the two sets do not meet (see ``diffseg.tiny.scenes``).
 """
@@ -25,6 +25,7 @@ from ..pipeline import DiffSegPipeline
 from . import MODEL
 from .scenes import REPORT_SEEDS, THRESHOLD_SEEDS, scene
 
+TIMESTEPS = (20, 50, 100, 200, 300)
 THRESHOLDS = tuple(round(0.005 * 1.25**step, 4) for step in range(26))  # 0.005 to 1.3
 SCENES = 200
 
@@ -37,17 +38,19 @@ def diffseg_labels(attention: torch.Tensor, threshold: float, rule: Rule, size: 
     return renumber(label(proposals, (size, size)), proposals.maps.shape[1])[0].numpy()
 
 
-def choose_threshold(pipe: DiffSegPipeline, count: int) -> tuple[float, dict[float, float]]:
-    """The threshold of the best mean accuracy over ``count`` scenes, and the accuracy of each."""
-    accuracies: dict[float, list[float]] = {threshold: [] for threshold in THRESHOLDS}
-    for seed in tqdm(THRESHOLD_SEEDS[:count], desc="choosing the threshold", unit="scene"):
+def choose(pipe: DiffSegPipeline, count: int) -> dict[tuple[int, float], float]:
+    """Mean accuracy over ``count`` scenes of each timestep and threshold."""
+    accuracies = {(timestep, threshold): 0.0 for timestep in TIMESTEPS for threshold in THRESHOLDS}
+    for seed in tqdm(THRESHOLD_SEEDS[:count], desc="choosing", unit="scene"):
         image, truth = scene(seed)
-        attention, _ = pipe.attention(image)
-        for threshold in THRESHOLDS:
-            labels = diffseg_labels(attention, threshold, "paper", len(image))
-            accuracies[threshold].append(matched_accuracy(labels, truth))
-    means = {threshold: float(np.mean(values)) for threshold, values in accuracies.items()}
-    return max(means, key=lambda threshold: means[threshold]), means
+        for timestep in TIMESTEPS:
+            attention, _ = pipe.attention(image, timestep=timestep)
+            labels = None
+            for threshold in THRESHOLDS:
+                if labels is None or labels.max() > 0:  # all one segment: so it stays at larger thresholds
+                    labels = diffseg_labels(attention, threshold, "paper", len(image))
+                accuracies[timestep, threshold] += matched_accuracy(labels, truth) / count
+    return accuracies
 
 
 def typical_segments(count: int) -> int:
@@ -96,19 +99,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m diffseg.tiny.report", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default=str(MODEL), help="a pipeline's folder (default: the bundled model)")
     parser.add_argument("--scenes", type=int, default=SCENES, help="how many (default: %(default)s)")
-    parser.add_argument("--choose-threshold", action="store_true", help="choose it and write it to the model's folder")
+    parser.add_argument("--choose", action="store_true", help="choose timestep and threshold, write them to the model")
     arguments = parser.parse_args()
 
     pipe = DiffSegPipeline.from_pretrained(arguments.model)
-    if arguments.choose_threshold:
-        threshold, means = choose_threshold(pipe, arguments.scenes)
-        for each, accuracy in means.items():
-            print(f"{each:7.4f}  {accuracy:.3f}{'  <- best' if each == threshold else ''}")
-        pipe.register_to_config(threshold=threshold)
+    if arguments.choose:
+        accuracies = choose(pipe, arguments.scenes)
+        best = max(accuracies, key=lambda choice: accuracies[choice])
+        for (timestep, threshold), accuracy in accuracies.items():
+            if timestep == best[0] or threshold == best[1]:
+                print(f"t = {timestep:3}, threshold {threshold:.4f}: accuracy {accuracy:.3f}")
+        pipe.register_to_config(timestep=best[0], threshold=best[1])
         pipe.save_config(arguments.model)
-        print(f"wrote threshold {threshold} to {arguments.model}/model_index.json")
+        print(f"wrote t = {best[0]}, threshold {best[1]} to {arguments.model}/model_index.json")
     else:
-        print(f"{arguments.scenes} held-out scenes, threshold {pipe.config.threshold}")
+        print(f"{arguments.scenes} held-out scenes, t = {pipe.config.timestep}, threshold {pipe.config.threshold}")
         print("\n".join(table(report(pipe, arguments.scenes))))
 
 

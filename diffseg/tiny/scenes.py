@@ -10,7 +10,6 @@ The three seed ranges never meet: training never sees a scene on which the thres
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,8 +75,8 @@ def _shape(rng: np.random.Generator, x: Array, y: Array) -> Mask:
     size = rng.uniform(0.12, 0.35)
     aspect = np.exp(rng.uniform(-0.7, 0.7))
     u, v = u / np.float32(size * np.sqrt(aspect)), v * np.float32(np.sqrt(aspect) / size)
-    kind: Callable[..., Mask] = rng.choice([_ellipse, _box, _polygon, _blob, _blob, _ring])
-    return kind(rng, u, v)
+    kinds = (_ellipse, _box, _polygon, _blob, _blob, _ring)
+    return kinds[rng.integers(len(kinds))](rng, u, v)
 
 
 def _ellipse(rng: np.random.Generator, u: Array, v: Array) -> Mask:

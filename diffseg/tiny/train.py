@@ -144,7 +144,7 @@ def export(unet: UNet2DConditionModel, directory: Path) -> None:
     from ..pipeline import DiffSegPipeline
 
     DiffSegPipeline(unet=unet.eval().half()).save_pretrained(directory)
-    print(f"wrote {directory}: choose its threshold with python -m diffseg.tiny.report --choose-threshold")
+    print(f"wrote {directory}: choose its threshold with python -m diffseg.tiny.report --choose")
 
 
 def main() -> None:

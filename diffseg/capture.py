@@ -1,0 +1,362 @@
+"""Records queries and keys of a diffusers UNet's self-attention during a forward pass, never an attention map.
+
+The recording processor computes what the UNet's own processor computes, with the operator that
+``F.scaled_dot_product_attention`` would pick. Everything is built so that ``torch.compile`` can trace it: a layer's
+tensors are stored as attributes of its processor, on which the compiler places no guard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from .reference import Grid
+
+_DEFAULT_SCALE = (AttnProcessor2_0, FusedAttnProcessor2_0)  # scale by d ** -0.5, whatever attn.scale says
+_OWN_SCALE = (AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor)  # scale by attn.scale, without norm_q, norm_k
+_PARTS = ("down_blocks", "mid_block", "up_blocks")  # in forward order
+
+
+class AttentionRecord:
+    """What one forward pass of a UNet left behind: one item a self-attention layer, in forward order.
+
+    It is of the last pass that ran to its end inside :func:`record_attention`, and empty as long as there is none. Its
+    lists are arguments of :func:`diffseg.segment` and :func:`diffseg.aggregate` as they are.
+    """
+
+    def __init__(self, processors: list[_RecordingProcessor]) -> None:
+        self._processors = processors
+        self._layers: list[_Layer] = []
+        self._latent: Grid = (0, 0)
+        self._complete = False
+
+    @property
+    def queries(self) -> list[Tensor]:
+        """[B, heads, n, d] each, detached, in the dtype and on the device that the layer computes in."""
+        return [layer.query for layer in self._settled()]
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """As the queries."""
+        return [layer.key for layer in self._settled()]
+
+    @property
+    def grids(self) -> list[Grid]:
+        """(h, w) each, h * w = n."""
+        return [layer.grid for layer in self._settled()]
+
+    @property
+    def scales(self) -> list[float]:
+        """The factor of Q K^T in each layer."""
+        return [layer.scale for layer in self._settled()]
+
+    @property
+    def logsumexps(self) -> list[Tensor] | None:
+        """Log-sum-exp of each row of the scaled scores, [B, heads, n] each, float32 (float64 in a float64 model).
+
+        None unless the attention operator of every layer returned it: there is none from compiled code, under autocast,
+        and where PyTorch picks its unfused implementation.
+        """
+        found = [layer.logsumexp for layer in self._settled() if layer.logsumexp is not None]
+        return found if found and len(found) == len(self._layers) else None
+
+    @property
+    def names(self) -> list[str]:
+        """Path of each Attention module in the UNet."""
+        return [layer.name for layer in self._settled()]
+
+    def _begin(self, module: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample = args[0] if args else kwargs["sample"]
+        self._latent = (sample.shape[-2], sample.shape[-1])
+        self._layers = []
+        self._complete = False
+        for processor in self._processors:
+            processor.forget()
+
+    def _end(self, module: UNet2DConditionModel, args: tuple[Any, ...], output: Any) -> None:
+        self._complete = True
+
+    def _settled(self) -> list[_Layer]:
+        """The layers; takes them from the processors after a pass, in code that is never compiled."""
+        if self._complete:
+            self._complete = False
+            self._layers = [each.layer(self._latent) for each in self._processors if each.query is not None]
+            for processor in self._processors:
+                processor.forget()
+        return self._layers
+
+
+@contextmanager
+def record_attention(unet: Any) -> Iterator[AttentionRecord]:
+    """Records queries, keys and, where they cost nothing, log-sum-exps of every self-attention layer of ``unet``.
+
+    Inside the context the UNet's outputs are as without it: the same bits where its processors call
+    ``F.scaled_dot_product_attention``, equal up to rounding where they are eager, sliced or xFormers'. Each forward
+    pass replaces the record. On exit, also after an exception, the UNet gets its own processors back; cross-attention
+    layers keep theirs all along. A compiled UNet is compiled once more at its first recording.
+
+    Q and K are those that the layer multiplies, after the split into heads and after ``norm_q`` and ``norm_k``.
+    ``upcast_attention`` does not change them: it asks for scores in float32 of the same Q and K.
+
+    Args:
+        unet: a diffusers UNet2DConditionModel, or what ``torch.compile`` made of one.
+
+    Yields:
+        :class:`AttentionRecord`; it stays valid after the context.
+
+    Raises:
+        TypeError: ``unet`` is something else.
+        ValueError: it has no self-attention; a self-attention layer has a processor that computes something else, or is
+            being recorded already; in the forward pass, an attention mask; at the end, a layer whose number of queries
+            is not that of its level in the UNet.
+    """
+    model = getattr(unet, "_orig_mod", unet)
+    if not isinstance(model, UNet2DConditionModel):
+        raise TypeError(f"unet: expected a diffusers UNet2DConditionModel, got {type(model).__name__}")
+    own = model.attn_processors
+    recording = {f"{name}.processor": _recording_processor(model, name) for name in _self_attention(model)}
+    if not recording:
+        raise ValueError("unet: expected self-attention in its down, mid or up blocks, found none")
+    record = AttentionRecord(list(recording.values()))
+    model.set_attn_processor({**own, **recording})
+    hooks = (
+        model.register_forward_pre_hook(record._begin, with_kwargs=True),
+        model.register_forward_hook(record._end),
+    )
+    try:
+        yield record
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_processor(dict(own))
+    record._settled()
+
+
+class _Layer(NamedTuple):
+    name: str
+    query: Tensor
+    key: Tensor
+    logsumexp: Tensor | None
+    scale: float
+    grid: Grid
+
+
+class _RecordingProcessor:
+    """Computes a layer's self-attention as its own processor does, and holds Q, K and the log-sum-exp."""
+
+    def __init__(self, name: str, level: int, scale: float, default_scale: bool, fused: bool) -> None:
+        self._name = name
+        self._level = level  # the latent is halved so often
+        self._scale = scale
+        self._scale_argument = None if default_scale else scale
+        self._fused = fused
+        self.forget()
+
+    def forget(self) -> None:
+        self.query: Tensor | None = None
+        self.key: Tensor | None = None
+        self.logsumexp: Tensor | None = None
+        self.compiled = False
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        if attention_mask is not None:
+            raise ValueError(f"attention_mask: expected None while {self._name} is recorded, got a mask")
+        if encoder_hidden_states is not None:
+            raise ValueError(f"encoder_hidden_states: expected None in the self-attention {self._name}, got a tensor")
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        shape = hidden_states.shape
+        if len(shape) == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        query, key, value = self._project(attn, hidden_states)
+        output, logsumexp = scaled_dot_product_attention(query, key, value, self._scale_argument)
+        self._keep(query, key, logsumexp)
+        output = output.transpose(1, 2).flatten(2)
+        output = attn.to_out[1](attn.to_out[0](output))
+        if len(shape) == 4:
+            output = output.transpose(1, 2).reshape(shape)
+        if attn.residual_connection:
+            output = output + residual
+        rescaled: Tensor = output / attn.rescale_output_factor
+        return rescaled
+
+    def _project(self, attn: Attention, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, K and V, [B, heads, n, d] each."""
+        if self._fused:
+            projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            projected = (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
+        query, key, value = (each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in projected)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        return query, key, value
+
+    def _keep(self, query: Tensor, key: Tensor, logsumexp: Tensor | None) -> None:
+        self.query, self.key = query.detach(), key.detach()
+        if self._fused:  # views that would keep V alive
+            self.query, self.key = self.query.clone(), self.key.clone()
+        self.logsumexp = None if logsumexp is None else logsumexp.detach()
+        self.compiled = torch.compiler.is_compiling()
+
+    def layer(self, latent: Grid) -> _Layer:
+        """What was recorded, on its grid: each level of the UNet halves the sides of the last, rounding up."""
+        query, key = cast(Tensor, self.query), cast(Tensor, self.key)
+        step = 2**self._level
+        grid = (-(-latent[0] // step), -(-latent[1] // step))
+        if query.shape[2] != grid[0] * grid[1]:
+            raise ValueError(
+                f"{self._name}: expected {grid[0]} x {grid[1]} queries for a latent of {latent[0]} x {latent[1]}, got "
+                f"{query.shape[2]}; merged or added tokens cannot be recorded"
+            )
+        if self.compiled and query.is_cuda:  # the next replay of a CUDA graph may overwrite them
+            query, key = query.clone(), key.clone()
+        return _Layer(self._name, query, key, self.logsumexp, self._scale, grid)
+
+
+def _self_attention(unet: UNet2DConditionModel) -> list[str]:
+    """Paths of the self-attention modules, in forward order; those of image prompts' encoders are not among them."""
+    names = [name.removesuffix(".processor") for name in unet.attn_processors]
+    return [
+        name
+        for part in _PARTS
+        for name in names
+        if name.split(".")[0] == part and not unet.get_submodule(name).is_cross_attention
+    ]
+
+
+def _recording_processor(unet: UNet2DConditionModel, name: str) -> _RecordingProcessor:
+    attn = unet.get_submodule(name)
+    processor = attn.get_processor()
+    obstacle = _obstacle(attn, processor)
+    if obstacle is not None:
+        raise ValueError(f"unet: cannot record {name} with its processor {type(processor).__name__}: {obstacle}")
+    return _RecordingProcessor(
+        name,
+        _level(unet, name),
+        attn.scale,
+        default_scale=type(processor) in _DEFAULT_SCALE,
+        fused=type(processor) is FusedAttnProcessor2_0,
+    )
+
+
+def _level(unet: UNet2DConditionModel, name: str) -> int:
+    """How often the latent has been halved where the module ``name`` is."""
+    part, index, *_ = name.split(".")
+    deepest = len(unet.config.block_out_channels) - 1
+    if part == "mid_block":
+        return deepest
+    return int(index) if part == "down_blocks" else deepest - int(index)
+
+
+def _obstacle(attn: Attention, processor: Any) -> str | None:
+    """Why the recording processor cannot stand in for ``processor``; None where it can."""
+    kind = type(processor)
+    if kind is _RecordingProcessor:
+        return "it is being recorded already"
+    if kind not in _DEFAULT_SCALE + _OWN_SCALE:
+        return f"expected one of {', '.join(known.__name__ for known in _DEFAULT_SCALE + _OWN_SCALE)}"
+    default = (attn.inner_dim // attn.heads) ** -0.5
+    if kind in _DEFAULT_SCALE and not math.isclose(attn.scale, default):
+        return f"it scales by {default:.6g}, but the layer asks for {attn.scale:.6g}"
+    if kind in _OWN_SCALE and (attn.norm_q is not None or attn.norm_k is not None):
+        return "it ignores the layer's norm_q and norm_k"
+    return None
+
+
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """``F.scaled_dot_product_attention`` and, where the operator that it picks returns it, the log-sum-exp.
+
+    Fused operators compute the log-sum-exp for their backward pass; the public function drops it. The choice is asked
+    from PyTorch itself, so the output has the same bits.
+
+    Args:
+        query, key, value: [B, heads, n, d].
+        scale: of the scores; None: d ** -0.5.
+
+    Returns:
+        output [B, heads, n, d], and log-sum-exp [B, heads, n], float32 (float64 for float64), or None.
+    """
+    operator = None if torch.compiler.is_compiling() else _fused_operator(query, key, value, scale)
+    if operator is None:
+        return F.scaled_dot_product_attention(query, key, value, scale=scale), None
+    output, logsumexp, *_ = operator(query, key, value, scale=scale)
+    # the efficient operator pads n, cuDNN's adds a last dimension of 1
+    return output, logsumexp.flatten(2)[..., : query.shape[2]]
+
+
+def _fused_operator(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Callable[..., Any] | None:
+    """The operator that ``F.scaled_dot_product_attention`` would pick, if it is known to return the log-sum-exp."""
+    device = query.device.type
+    choose = getattr(torch, "_fused_sdp_choice", None)
+    if choose is None or type(query) is not Tensor or device not in ("cpu", "cuda") or torch.version.hip is not None:
+        return None
+    if torch.is_autocast_enabled(device):  # casts the arguments of the public function only
+        return None
+    choice = choose(query, key, value, scale=scale)
+    if device == "cuda" and choice == SDPBackend.FLASH_ATTENTION.value and query.shape[-1] % 8 != 0:
+        return None  # the public function pads d
+    return _operators().get((device, choice))
+
+
+@cache
+def _operators() -> dict[tuple[str, int], Callable[..., Any]]:
+    """By device and SDPBackend, those operators of this PyTorch whose signature is as expected."""
+    flags = {"attn_bias": None, "compute_log_sumexp": True}
+    expected = {
+        ("cpu", SDPBackend.FLASH_ATTENTION): ("_scaled_dot_product_flash_attention_for_cpu", {}),
+        ("cuda", SDPBackend.FLASH_ATTENTION): ("_scaled_dot_product_flash_attention", {}),
+        ("cuda", SDPBackend.EFFICIENT_ATTENTION): ("_scaled_dot_product_efficient_attention", flags),
+        ("cuda", SDPBackend.CUDNN_ATTENTION): ("_scaled_dot_product_cudnn_attention", flags),
+    }
+    found: dict[tuple[str, int], Callable[..., Any]] = {}
+    for (device, backend), (name, arguments) in expected.items():
+        operator = getattr(torch.ops.aten, name, None)
+        if operator is not None and _has_signature(operator.default._schema, {*arguments, "scale"}):
+            found[device, backend.value] = partial(operator.default, **arguments)
+    return found
+
+
+def _has_signature(schema: Any, names: set[str]) -> bool:
+    """Whether it takes query, key, value and ``names``, needs nothing else, and returns output and log-sum-exp."""
+    inputs = [argument.name for argument in schema.arguments]
+    needed = {argument.name for argument in schema.arguments if not argument.has_default_value()}
+    outputs = [output.name.replace("_", "") for output in schema.returns]
+    return (
+        inputs[:3] == ["query", "key", "value"]
+        and names <= set(inputs)
+        and needed <= {*inputs[:3], *names}
+        and outputs[:2] == ["output", "logsumexp"]
+    )
