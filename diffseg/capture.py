@@ -1,8 +1,8 @@
 """Records queries and keys of a diffusers UNet's self-attention during a forward pass, never an attention map.
 
 The recording processor computes what the UNet's own processor computes, with the operator that
-``F.scaled_dot_product_attention`` would pick. Everything is built so that ``torch.compile`` can trace it: a layer's
-tensors are stored as attributes of its processor, on which the compiler places no guard.
+``F.scaled_dot_product_attention`` would pick. ``torch.compile`` traces it and the hooks: what they record they only
+store, as attributes of objects that stay the same from one recording to the next, so that no guard ever fails.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +42,9 @@ class AttentionRecord:
     lists are arguments of :func:`diffseg.segment` and :func:`diffseg.aggregate` as they are.
     """
 
-    def __init__(self, processors: list[_RecordingProcessor]) -> None:
-        self._processors = processors
+    def __init__(self, recorder: _Recorder) -> None:
+        self._recorder: _Recorder | None = recorder
         self._layers: list[_Layer] = []
-        self._latent: Grid = (0, 0)
-        self._complete = False
 
     @property
     def queries(self) -> list[Tensor]:
@@ -82,25 +81,17 @@ class AttentionRecord:
         """Path of each Attention module in the UNet."""
         return [layer.name for layer in self._settled()]
 
-    def _begin(self, module: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample = args[0] if args else kwargs["sample"]
-        self._latent = (sample.shape[-2], sample.shape[-1])
-        self._layers = []
-        self._complete = False
-        for processor in self._processors:
-            processor.forget()
-
-    def _end(self, module: UNet2DConditionModel, args: tuple[Any, ...], output: Any) -> None:
-        self._complete = True
-
     def _settled(self) -> list[_Layer]:
-        """The layers; takes them from the processors after a pass, in code that is never compiled."""
-        if self._complete:
-            self._complete = False
-            self._layers = [each.layer(self._latent) for each in self._processors if each.query is not None]
-            for processor in self._processors:
-                processor.forget()
+        if self._recorder is not None:
+            self._layers = self._recorder.collect()
         return self._layers
+
+    def _close(self) -> None:
+        recorder, self._recorder = cast(_Recorder, self._recorder), None
+        try:
+            self._layers = recorder.collect()
+        finally:
+            recorder.clear()
 
 
 @contextmanager
@@ -130,15 +121,16 @@ def record_attention(unet: Any) -> Iterator[AttentionRecord]:
     model = getattr(unet, "_orig_mod", unet)
     if not isinstance(model, UNet2DConditionModel):
         raise TypeError(f"unet: expected a diffusers UNet2DConditionModel, got {type(model).__name__}")
-    own = model.attn_processors
-    recording = {f"{name}.processor": _recording_processor(model, name) for name in _self_attention(model)}
-    if not recording:
+    names = _self_attention(model)
+    if not names:
         raise ValueError("unet: expected self-attention in its down, mid or up blocks, found none")
-    record = AttentionRecord(list(recording.values()))
-    model.set_attn_processor({**own, **recording})
+    own = model.attn_processors
+    recorder = _RECORDERS.setdefault(model, _Recorder())
+    record = AttentionRecord(recorder)
+    model.set_attn_processor({**own, **recorder.prepare(model, names)})
     hooks = (
-        model.register_forward_pre_hook(record._begin, with_kwargs=True),
-        model.register_forward_hook(record._end),
+        model.register_forward_pre_hook(recorder.begin, with_kwargs=True),
+        model.register_forward_hook(recorder.end),
     )
     try:
         yield record
@@ -146,7 +138,7 @@ def record_attention(unet: Any) -> Iterator[AttentionRecord]:
         for hook in hooks:
             hook.remove()
         model.set_attn_processor(dict(own))
-    record._settled()
+        record._close()
 
 
 class _Layer(NamedTuple):
@@ -158,16 +150,67 @@ class _Layer(NamedTuple):
     grid: Grid
 
 
+class _Recorder:
+    """A UNet's recording processors and hooks; kept, since compiled code may be guarded by their identity."""
+
+    def __init__(self) -> None:
+        self._processors: dict[str, _RecordingProcessor] = {}
+        self._layers: list[_Layer] = []
+        self._latent: Grid = (0, 0)
+        self._complete = False
+
+    def prepare(self, unet: UNet2DConditionModel, names: list[str]) -> dict[str, _RecordingProcessor]:
+        """The processors to set, by their keys in the UNet."""
+        for name in names:
+            _check_processor(unet, name)
+        self._processors = {name: self._processors.get(name) or _RecordingProcessor(name) for name in names}
+        for name, processor in self._processors.items():
+            processor.imitate(unet.get_submodule(name), _level(unet, name))
+        return {f"{name}.processor": processor for name, processor in self._processors.items()}
+
+    def begin(self, module: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.clear()
+        sample = args[0] if args else kwargs["sample"]
+        self._latent = (sample.shape[-2], sample.shape[-1])
+
+    def end(self, module: UNet2DConditionModel, args: tuple[Any, ...], output: Any) -> None:
+        self._complete = True
+
+    def collect(self) -> list[_Layer]:
+        """The layers of the last pass, if it ran to its end. Takes them from the processors; is never compiled."""
+        if self._complete:
+            self._complete = False
+            self._layers = [each.layer(self._latent) for each in self._processors.values() if each.query is not None]
+            self._forget()
+        return self._layers
+
+    def clear(self) -> None:
+        self._layers = []
+        self._complete = False
+        self._forget()
+
+    def _forget(self) -> None:
+        for processor in self._processors.values():
+            processor.forget()
+
+
+_RECORDERS: WeakKeyDictionary[UNet2DConditionModel, _Recorder] = WeakKeyDictionary()
+
+
 class _RecordingProcessor:
     """Computes a layer's self-attention as its own processor does, and holds Q, K and the log-sum-exp."""
 
-    def __init__(self, name: str, level: int, scale: float, default_scale: bool, fused: bool) -> None:
+    def __init__(self, name: str) -> None:
         self._name = name
-        self._level = level  # the latent is halved so often
-        self._scale = scale
-        self._scale_argument = None if default_scale else scale
-        self._fused = fused
         self.forget()
+
+    def imitate(self, attn: Attention, level: int) -> None:
+        """Prepares to stand in for the processor of ``attn``, where the latent has been halved ``level`` times."""
+        kind = type(attn.get_processor())
+        self._level = level
+        self._scale = float(attn.scale)
+        self._scale_argument = None if kind in _DEFAULT_SCALE else self._scale
+        self._fused = kind is FusedAttnProcessor2_0
 
     def forget(self) -> None:
         self.query: Tensor | None = None
@@ -255,19 +298,12 @@ def _self_attention(unet: UNet2DConditionModel) -> list[str]:
     ]
 
 
-def _recording_processor(unet: UNet2DConditionModel, name: str) -> _RecordingProcessor:
+def _check_processor(unet: UNet2DConditionModel, name: str) -> None:
     attn = unet.get_submodule(name)
     processor = attn.get_processor()
     obstacle = _obstacle(attn, processor)
     if obstacle is not None:
         raise ValueError(f"unet: cannot record {name} with its processor {type(processor).__name__}: {obstacle}")
-    return _RecordingProcessor(
-        name,
-        _level(unet, name),
-        attn.scale,
-        default_scale=type(processor) in _DEFAULT_SCALE,
-        fused=type(processor) is FusedAttnProcessor2_0,
-    )
 
 
 def _level(unet: UNet2DConditionModel, name: str) -> int:

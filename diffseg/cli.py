@@ -140,10 +140,12 @@ def _plan(sources: Sequence[Path], directory: Path, *, force: bool) -> list[tupl
 
 def _load(options: argparse.Namespace) -> Any:
     import torch
+    from diffusers.utils import logging
 
     from .pipeline import DiffSegPipeline
     from .tiny import MODEL
 
+    logging.disable_progress_bar()  # of loading, beside which the progress over images would not be seen
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = options.dtype or ("float16" if device.startswith("cuda") else "float32")
     if options.model is None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+
+# Read when OpenMP is loaded, so set before torch is: threads that wait sleep instead of spinning, which on a busy machine
+# takes tests of many small steps several times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

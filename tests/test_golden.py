@@ -47,7 +47,7 @@ def distance_from_probe(attention: Tensor, case: int) -> float:
 def test_from_queries_and_keys(case: int, dtype: torch.dtype) -> None:
     attention = diffseg.aggregate(tensors(case, "q", dtype), tensors(case, "k", dtype), dtype=dtype)
     assert distance_from_probe(attention, case) < 1e-6
-    for threshold in (0.3, 0.5):
+    for threshold in (0.3, 0.5) if dtype == torch.float32 else (0.3,):
         proposals = diffseg.merge(attention, threshold=threshold, rule="official")
         refined = diffseg.refine(attention, proposals)
         for name, result in (("plain", proposals), ("refined", refined)):

@@ -80,6 +80,12 @@ def test_the_largest_of_negative_values_wins() -> None:
     assert torch.equal(label(proposals, (31, 29)), expected)
 
 
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_maps_in_which_nothing_wins_are_labelled_zero(value: float) -> None:
+    maps = torch.full((1, 6, 35), value)
+    assert not label(Proposals(maps, torch.tensor([6], dtype=torch.int32), (5, 7)), (31, 29)).any()
+
+
 @pytest.mark.parametrize("layout", ["transposed", "every other proposal", "offset", "expanded"])
 def test_strided_proposals(layout: str) -> None:
     proposals = random_proposals((5, 7), [6, 2], 6)

@@ -253,7 +253,7 @@ class TestMerge:
         checked = 0
         for anchor in (0, 50, 100):
             distance = np.array([algorithm.divergence(exact[anchor].numpy(), row) for row in exact.numpy()])
-            for other in range(144):
+            for other in range(0, 144, 4):
                 gaps = np.abs(np.delete(distance, other) - distance[other])
                 if distance[other] < 2e-4 or gaps.min() < 2.1e-4:
                     continue
@@ -262,7 +262,7 @@ class TestMerge:
                     expected = exact[distance < threshold].mean(0)
                     torch.testing.assert_close(found.maps[0, 0].double(), expected, rtol=1e-5, atol=0)
                     checked += 1
-        assert checked > 300
+        assert checked > 80
 
     def test_float32_divergences_are_within_1e_4_in_later_rounds(self, attention: Callable[..., Tensor]) -> None:
         maps = attention((12, 12), regions=6, seed=3, dtype=torch.float32)
@@ -300,6 +300,17 @@ class TestMerge:
         torch.testing.assert_close(found.maps[0, :3], expected, rtol=1e-6, atol=1e-30)
         labels = diffseg.label(found, (6, 6), backend="reference")
         assert torch.equal(labels.flatten().long(), block)
+
+    @pytest.mark.parametrize("walk", ["host", "device"])
+    @pytest.mark.parametrize("rule", RULES)
+    def test_padding_joins_no_group(self, rule: Any, walk: Any) -> None:
+        """Three blocks lie at 66.6 from each other; the zeros after them would be at 33 from each."""
+        same = torch.eye(3, dtype=torch.bool).repeat_interleave(12, 0).repeat_interleave(12, 1)
+        maps = (same / 12.0)[None]
+        found, counts = reference.merge(maps, (6, 6), range(36), [1.0, 1.0, 60.0, 60.0], rule, walk=walk)
+        assert counts.tolist() == [3]
+        torch.testing.assert_close(found[0, :3], maps[0, ::12])
+        assert not found[0, 3:].any()
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_the_clamp_is_1e_30(self, dtype: torch.dtype) -> None:

@@ -24,7 +24,16 @@ from tqdm import tqdm
 
 from .scenes import TRAIN_SEEDS, scene
 
-CROP = 32
+SCENE = 64
+RECIPE = (
+    "seed",
+    "steps",
+    "scenes",
+    "batch_size",
+    "crop",
+    "learning_rate",
+    "initial",
+)
 TIMESTEPS_OF_INTEREST = (50, 500)  # 80 % of the draws; segmentation reads the network at t = 300
 
 
@@ -49,16 +58,16 @@ def build_scheduler() -> DDPMScheduler:
     return DDPMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
-def draw_batch(scenes: NDArray[np.uint8], batch_size: int, rng: np.random.Generator) -> torch.Tensor:
-    """Crops, or every fourth time whole scenes at half size, mirrored and with shuffled colours; in [-1, 1]."""
-    batch = np.empty((batch_size, CROP, CROP, 3), np.uint8)
+def draw_batch(scenes: NDArray[np.uint8], batch_size: int, crop: int, rng: np.random.Generator) -> torch.Tensor:
+    """Crops, every fourth of a half-size scene if it is small, mirrored and with shuffled colours; in [-1, 1]."""
+    batch = np.empty((batch_size, crop, crop, 3), np.uint8)
     for item in batch:
         picture = scenes[rng.integers(len(scenes))]
-        if rng.random() < 0.25:
-            half = picture.astype(np.float32).reshape(CROP, 2, CROP, 2, 3).mean((1, 3))
+        if crop <= SCENE // 2 and rng.random() < 0.25:
+            half = picture.astype(np.float32).reshape(SCENE // 2, 2, SCENE // 2, 2, 3).mean((1, 3))
             picture = (half + 0.5).astype(np.uint8)
-        top, left = rng.integers(0, picture.shape[0] - CROP + 1, 2)
-        picture = picture[top : top + CROP, left : left + CROP]
+        top, left = rng.integers(0, picture.shape[0] - crop + 1, 2)
+        picture = picture[top : top + crop, left : left + crop]
         picture = picture[:: rng.choice([-1, 1]), :: rng.choice([-1, 1])]
         item[:] = picture[..., rng.permutation(3)]
     return torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -76,13 +85,16 @@ def train(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
 
     torch.manual_seed(arguments.seed)
-    unet = build_unet().to(device).train()
+    unet = (
+        UNet2DConditionModel.from_pretrained(arguments.initial, subfolder="unet") if arguments.initial else build_unet()
+    )
+    unet = unet.to(device).train()
     forward = torch.compile(unet) if arguments.compile else unet
     scheduler = build_scheduler()
     ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, arguments.steps)
-    settings = {name: getattr(arguments, name) for name in ("seed", "steps", "scenes", "batch_size", "learning_rate")}
+    settings = {name: getattr(arguments, name) for name in RECIPE}
 
     start, seen_loss = 0, None
     if checkpoint_path.exists():
@@ -118,7 +130,7 @@ def train(arguments: argparse.Namespace) -> None:
         progress = tqdm(range(start, arguments.steps), desc="training", initial=start, total=arguments.steps)
         for step in progress:
             rng = np.random.default_rng((arguments.seed, step))
-            images = draw_batch(scenes, arguments.batch_size, rng).to(device)
+            images = draw_batch(scenes, arguments.batch_size, arguments.crop, rng).to(device)
             timesteps = draw_timesteps(arguments.batch_size, rng).to(device)
             noise = torch.from_numpy(rng.standard_normal(images.shape, np.float32)).to(device)
             noisy = scheduler.add_noise(images, noise, timesteps)
@@ -152,9 +164,11 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder of the checkpoint and, at the end, of the model")
     parser.add_argument("--steps", type=int, default=2400, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="crops a step (default: %(default)s)")
+    parser.add_argument("--crop", type=int, default=32, help="side of a crop, at most 64 (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=6000, help="scenes to generate (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="its peak (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and noise (default: %(default)s)")
+    parser.add_argument("--initial", metavar="MODEL", help="folder of a trained model to go on from (default: none)")
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS", help="(default: %(default)s)")
