@@ -27,21 +27,29 @@ class Backend:
     dtypes: dict[str, tuple[torch.dtype, ...]]  # op -> dtypes of its tensors; an op that is absent is not served
     load: Callable[[], Any]  # the functions, one an op; raises ImportError with the reason where it cannot
     automatic: bool = True
+    most_proposals: int | None = None  # that merge serves; None: any number
 
-    def can_run(self, op: str, device: torch.device, dtype: torch.dtype, *, raise_error: bool = False) -> bool:
-        """Whether ``op`` runs here on tensors of ``dtype`` on ``device``; or raises a ValueError that says why not."""
-        reason = self._obstacle(op, device, dtype)
+    def can_run(
+        self, op: str, device: torch.device, dtype: torch.dtype, *, proposals: int = 1, raise_error: bool = False
+    ) -> bool:
+        """Whether ``op`` runs here on tensors of ``dtype`` on ``device``; or raises a ValueError that says why not.
+
+        ``proposals`` is the length of the list that merge starts from.
+        """
+        reason = self._obstacle(op, device, dtype, proposals)
         if reason is not None and raise_error:
             raise ValueError(f"backend={self.name!r} cannot run {op} here: {reason}")
         return reason is None
 
-    def _obstacle(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    def _obstacle(self, op: str, device: torch.device, dtype: torch.dtype, proposals: int) -> str | None:
         if op not in self.dtypes:
             return f"it serves {', '.join(self.dtypes)} only"
         if self.device_types and device.type not in self.device_types:
             return f"expected tensors on {' or '.join(self.device_types)}, got {device}"
         if dtype not in self.dtypes[op]:
             return f"expected {' or '.join(str(known) for known in self.dtypes[op])}, got {dtype}"
+        if self.most_proposals is not None and proposals > self.most_proposals:
+            return f"expected at most {self.most_proposals} anchors, got {proposals}"
         return self.unavailable()
 
     def unavailable(self) -> str | None:
@@ -70,8 +78,14 @@ BACKENDS = {
             name="cpu",
             summary="C++ kernels (diffseg._cpu)",
             device_types=("cpu",),
-            dtypes={"label": (torch.float32,)},
+            dtypes={
+                "aggregate": (torch.float32, torch.float16, torch.bfloat16),
+                "aggregate_maps": (torch.float32, torch.float16, torch.bfloat16),
+                "merge": (torch.float32, torch.bfloat16),
+                "label": (torch.float32,),
+            },
             load=_load_cpu,
+            most_proposals=1024,
         ),
         Backend(
             name="reference",
@@ -91,14 +105,20 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
 
 
-def implementation(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+def implementation(
+    backend: str, op: str, device: torch.device, dtype: torch.dtype, *, proposals: int = 1
+) -> Callable[..., Any]:
     """The function that serves ``op``: of the backend named, else of the first one that can."""
     check_name(backend)
     if backend != "auto":
         chosen = BACKENDS[backend]
-        chosen.can_run(op, device, dtype, raise_error=True)
+        chosen.can_run(op, device, dtype, proposals=proposals, raise_error=True)
     else:
-        chosen = next(each for each in BACKENDS.values() if each.automatic and each.can_run(op, device, dtype))
+        chosen = next(
+            each
+            for each in BACKENDS.values()
+            if each.automatic and each.can_run(op, device, dtype, proposals=proposals)
+        )
     function: Callable[..., Any] = getattr(chosen.load(), op)
     return function
 

@@ -90,7 +90,7 @@ def aggregate(
                 )
     _check_storage_dtype("dtype", dtype)
     ratios = resolve_weights(weights, grids)
-    run = backends.implementation(backend, "aggregate", first.device, first.dtype)
+    run = backends.implementation(backend, "aggregate", first.device, _widest(first.dtype, dtype))
     attention: Tensor = run(list(queries), list(keys), grids, scales, logsumexps, ratios, dtype)
     return attention
 
@@ -122,7 +122,7 @@ def aggregate_maps(
     grids = _check_grids(grids, [layer.shape[2] for layer in layers])
     _check_storage_dtype("dtype", dtype)
     ratios = resolve_weights(weights, grids)
-    run = backends.implementation(backend, "aggregate_maps", layers[0].device, layers[0].dtype)
+    run = backends.implementation(backend, "aggregate_maps", layers[0].device, _widest(layers[0].dtype, dtype))
     attention: Tensor = run(layers, grids, ratios, dtype)
     return attention
 
@@ -162,7 +162,7 @@ def merge(
     thresholds = _check_thresholds(threshold, iterations)
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {RULES}, got {rule!r}")
-    run = backends.implementation(backend, "merge", attention.device, attention.dtype)
+    run = backends.implementation(backend, "merge", attention.device, attention.dtype, proposals=len(positions))
     maps, counts = run(attention, grid, positions, thresholds, rule)
     return Proposals(maps, counts, grid)
 
@@ -405,6 +405,11 @@ def _check_thresholds(threshold: Any, iterations: Any) -> list[float]:
     if min(thresholds) <= 0:
         raise ValueError(f"threshold: expected positive numbers, got {threshold}")
     return thresholds
+
+
+def _widest(given: torch.dtype, asked: torch.dtype) -> torch.dtype:
+    """The dtype that a backend must serve: float64 is asked for by its result too."""
+    return asked if asked == torch.float64 else given
 
 
 def _check_storage_dtype(name: str, dtype: Any) -> None:
