@@ -73,11 +73,9 @@ float terms(const float* from, int64_t length, int64_t cells, float* p, float* l
 }
 
 bool all_finite(const float* from, int64_t length) {
-    float lanes[64] = {};
-    for (int64_t j = 0; j < length; ++j) lanes[j % 64] += from[j] - from[j];
-    float total = 0;
-    for (float lane : lanes) total += lane;
-    return total == 0;
+    return total(
+               length, [=](int64_t j) { return load(from + j) - load(from + j); },
+               [=](int64_t j) { return from[j] - from[j]; }) == 0;
 }
 
 // What the bounds need of a map: P, L, |r| and |s| of each block, [4, blocks].
@@ -118,18 +116,18 @@ private:
     }
 
     void finish_block(const float* sums, int64_t left, int64_t right, int64_t height, float* out) const {
-        float total[4] = {};
+        float totals[4] = {};
         for (int kind = 0; kind < 4; ++kind)
-            for (int64_t x = left; x < right; ++x) total[kind] += sums[kind * grid_.width + x];
+            for (int64_t x = left; x < right; ++x) totals[kind] += sums[kind * grid_.width + x];
         const float size = static_cast<float>((right - left) * height);
-        out[0] = total[0];
-        out[blocks] = total[1] / size;
-        out[2 * blocks] = deviation(total[2], total[0], size);
-        out[3 * blocks] = deviation(total[3], total[1], size);
+        out[0] = totals[0];
+        out[blocks] = totals[1] / size;
+        out[2 * blocks] = deviation(totals[2], totals[0], size);
+        out[3 * blocks] = deviation(totals[3], totals[1], size);
     }
 
-    static float deviation(float squares, float total, float size) {
-        return __builtin_sqrtf(most(0.0f, squares - total * total / size) + kSquareMargin * squares);
+    static float deviation(float squares, float sum, float size) {
+        return __builtin_sqrtf(most(0.0f, squares - sum * sum / size) + kSquareMargin * squares);
     }
 
     const Grid grid_;

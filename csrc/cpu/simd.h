@@ -89,6 +89,18 @@ inline float maximum(Vec value) {
     return best;
 }
 
+// Sum over j < length of term(j), where vector_term(j) is term of kLanes values from j on.
+template <class VectorTerm, class Term>
+inline float total(int64_t length, VectorTerm vector_term, Term term) {
+    Vec lanes[4] = {};
+    int64_t j = 0;
+    for (; j + 4 * kLanes <= length; j += 4 * kLanes)
+        for (int part = 0; part < 4; ++part) lanes[part] += vector_term(j + part * kLanes);
+    float rest = 0;
+    for (; j < length; ++j) rest += term(j);
+    return sum(lanes[0] + lanes[1] + (lanes[2] + lanes[3])) + rest;
+}
+
 // x - x is NaN for infinity too.
 inline bool finite(float value) { return value - value == 0; }
 
