@@ -142,12 +142,12 @@ def test_aggregate_maps(isa, stack, heads, batch, dtype):
 
 def test_every_float16_is_widened(isa):
     values = torch.arange(0x7C00, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    size = 176  # 176^2 cells hold the 31744 finite non-negative numbers
+    size = 180  # 180^2 cells hold the 31744 finite non-negative numbers
     maps = torch.zeros(size * size, dtype=torch.float16)
     maps[: len(values)] = values
     maps = maps.view(1, 1, size, size)
-    expected = diffseg.aggregate_maps([maps.double()], grids=[(11, 16)], dtype=torch.float64, backend="reference")
-    found = diffseg.aggregate_maps([maps], grids=[(11, 16)], backend="cpu")
+    expected = diffseg.aggregate_maps([maps.double()], grids=[(12, 15)], dtype=torch.float64, backend="reference")
+    found = diffseg.aggregate_maps([maps], grids=[(12, 15)], backend="cpu")
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
