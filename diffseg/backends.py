@@ -27,22 +27,29 @@ class Backend:
     dtypes: dict[str, tuple[torch.dtype, ...]]  # op -> dtypes of its tensors; an op that is absent is not served
     load: Callable[[], Any]  # the functions, one an op; raises ImportError with the reason where it cannot
     automatic: bool = True
+    limit: Callable[..., str | None] | None = None  # (device, **request) -> what is beyond its range; asked last
 
-    def can_run(self, op: str, device: torch.device, dtype: torch.dtype, *, raise_error: bool = False) -> bool:
-        """Whether ``op`` runs here on tensors of ``dtype`` on ``device``; or raises a ValueError that says why not."""
-        reason = self._obstacle(op, device, dtype)
+    def can_run(
+        self, op: str, device: torch.device, dtype: torch.dtype, *, raise_error: bool = False, **request: Any
+    ) -> bool:
+        """Whether ``op`` runs here on tensors of ``dtype`` on ``device``; or raises a ValueError that says why not.
+
+        ``request`` is what else an implementation may limit: ``anchors``, their number; ``width``, the channels of a
+        head; ``storage``, the dtype of A_f. What is left out is taken to be within the limits.
+        """
+        reason = self._obstacle(op, device, dtype, request)
         if reason is not None and raise_error:
             raise ValueError(f"backend={self.name!r} cannot run {op} here: {reason}")
         return reason is None
 
-    def _obstacle(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    def _obstacle(self, op: str, device: torch.device, dtype: torch.dtype, request: dict[str, Any]) -> str | None:
         if op not in self.dtypes:
             return f"it serves {', '.join(self.dtypes)} only"
         if self.device_types and device.type not in self.device_types:
             return f"expected tensors on {' or '.join(self.device_types)}, got {device}"
         if dtype not in self.dtypes[op]:
             return f"expected {' or '.join(str(known) for known in self.dtypes[op])}, got {dtype}"
-        return self.unavailable()
+        return self.unavailable() or (self.limit(device, **request) if self.limit else None)
 
     def unavailable(self) -> str | None:
         """Why this backend cannot be loaded on this machine; None where it can."""
@@ -61,6 +68,21 @@ def _load_cpu() -> SimpleNamespace:
     return importlib.import_module("diffseg.native").cpu()
 
 
+def _cpu_limit(
+    device: torch.device, *, anchors: int = 1, width: int = 1, storage: torch.dtype = torch.float32
+) -> str | None:
+    if storage == torch.float64:
+        return _NO_FLOAT64
+    return _too_many(anchors)
+
+
+def _too_many(anchors: int) -> str | None:
+    return f"expected at most {_MOST_ANCHORS} anchors (32 a side), got {anchors}" if anchors > _MOST_ANCHORS else None
+
+
+_MOST_ANCHORS = 1024
+_NO_FLOAT64 = "it stores torch.float32 or torch.bfloat16, got dtype=torch.float64"
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 BACKENDS = {
@@ -70,8 +92,13 @@ BACKENDS = {
             name="cpu",
             summary="C++ kernels (diffseg._cpu)",
             device_types=("cpu",),
-            dtypes={"label": (torch.float32,)},
+            dtypes={
+                **dict.fromkeys(("aggregate", "aggregate_maps"), _FLOATS[:3]),
+                "merge": (torch.float32, torch.bfloat16),
+                "label": (torch.float32,),
+            },
             load=_load_cpu,
+            limit=_cpu_limit,
         ),
         Backend(
             name="reference",
@@ -91,16 +118,18 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
 
 
-def implementation(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
-    """The function that serves ``op``: of the backend named, else of the first one that can."""
+def implementation(
+    backend: str, op: str, device: torch.device, dtype: torch.dtype, **request: Any
+) -> Callable[..., Any]:
+    """The function that serves ``op``: of the backend named, else of the first one that can; see ``can_run``."""
     check_name(backend)
     if backend != "auto":
         chosen = BACKENDS[backend]
-        chosen.can_run(op, device, dtype, raise_error=True)
+        chosen.can_run(op, device, dtype, raise_error=True, **request)
     else:
-        able = (each for each in BACKENDS.values() if each.automatic and each.can_run(op, device, dtype))
+        able = (each for each in BACKENDS.values() if each.automatic and each.can_run(op, device, dtype, **request))
         chosen = next(able, BACKENDS["reference"])
-        chosen.can_run(op, device, dtype, raise_error=True)
+        chosen.can_run(op, device, dtype, raise_error=True, **request)
     function: Callable[..., Any] = getattr(chosen.load(), op)
     return function
 

@@ -1,15 +1,72 @@
-// The CPU kernels: plain functions of pointers and sizes. All arrays are contiguous, row by row.
+// The CPU kernels: plain functions of pointers and sizes, one table of them for each instruction set.
 #pragma once
 
 #include <cstdint>
 
 namespace diffseg {
 
-// winner[b, y, x] = the index v < counts[b] whose map, upsampled bilinearly from h x w to height x width, is largest.
-//   maps   float [batch, length, h * w]
-//   counts int32 [batch]
-//   winner int32 [batch, height, width]
-void label(const float* maps, const int32_t* counts, int32_t* winner, int64_t batch, int64_t length, int64_t h,
-           int64_t w, int64_t height, int64_t width, int threads);
+enum class Type { float32, bfloat16, float16 };
+
+// A tensor [batch, heads, rows, columns]; strides count elements.
+struct View {
+    const void* data;
+    Type type;
+    int64_t batch, head, row, column;
+};
+
+struct Grid {
+    int64_t height, width;
+    int64_t cells() const { return height * width; }
+};
+
+// Self-attention of one layer, as queries and keys, or as maps (then only `queries` is set, with column stride 1).
+struct Layer {
+    View queries, keys;
+    const float* logsumexps;  // [batch, heads, n], or null
+    int64_t heads, depth;
+    Grid grid;
+    float scale;  // of the scores
+    float ratio;  // R_k
+    int64_t number;  // in the caller's order
+};
+
+struct MergeOptions {
+    const int64_t* anchors;  // [length]
+    int64_t length;
+    const float* thresholds;  // [rounds]
+    int64_t rounds;
+    bool exclusive;  // a group holds only elements not yet taken: the rule "paper"
+};
+
+constexpr int64_t kFinite = -1;
+
+struct Kernels {
+    // out [batch, N, N]. Layers are sorted by grid, the output grid last. Returns kFinite, or the first layer of the
+    // list whose attention has NaN or infinity.
+    int64_t (*aggregate)(const Layer* layers, int64_t count, int64_t batch, float* out, int threads);
+    int64_t (*aggregate_maps)(const Layer* layers, int64_t count, int64_t batch, float* out, int threads);
+    // attention [batch, N, N] with column stride 1 (its head stride is not used); maps [batch, length, N]; counts
+    // [batch]. Returns kFinite, or the first image whose attention has NaN or infinity.
+    int64_t (*merge)(const View& attention, Grid grid, int64_t batch, const MergeOptions& options, float* maps,
+                     int32_t* counts, int threads);
+    // maps [batch, length, N]; winner [batch, size.height, size.width].
+    void (*label)(const float* maps, const int32_t* counts, int32_t* winner, int64_t batch, int64_t length, Grid grid,
+                  Grid size, int threads);
+    // out[v, f] = [lower bound, upper bound, value] of D between maps v and f, for tests: maps [length, N].
+    void (*divergences)(const float* maps, int64_t length, Grid grid, float* out);
+};
+
+// The table for an instruction set: "avx512", "avx2" or "portable"; null where it is unknown or this machine lacks it.
+const Kernels* kernels(const char* isa);
+
+namespace avx512 {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+namespace portable {
+extern const Kernels table;
+}
 
 }  // namespace diffseg

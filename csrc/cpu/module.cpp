@@ -1,6 +1,14 @@
 // diffseg._cpu: the entry points, called by diffseg/native.py alone, which has checked what they point to.
+//
+// OpenMP's threads do not survive a fork, and libgomp waits for them forever: a forked process runs on one thread.
 
+#include <pthread.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -8,22 +16,114 @@ namespace py = pybind11;
 
 namespace {
 
+using diffseg::Kernels;
+using diffseg::Layer;
+using diffseg::Type;
+using diffseg::View;
+using Pair = std::array<int64_t, 2>;
+
+constexpr const char* kInstructionSets[] = {"avx512", "avx2", "portable"};  // in order of preference
+
+const Kernels* table;
+std::string table_name;
+bool forked = false;
+
+std::vector<std::string> available() {
+    std::vector<std::string> names;
+    for (const char* name : kInstructionSets)
+        if (diffseg::kernels(name) != nullptr) names.emplace_back(name);
+    return names;
+}
+
+void use(const std::string& name) {
+    const Kernels* chosen = diffseg::kernels(name.c_str());
+    if (chosen == nullptr) {
+        std::string names;
+        for (const std::string& each : available()) names += (names.empty() ? "" : ", ") + each;
+        throw py::value_error("DIFFSEG_CPU_ISA: expected one of " + names + " on this machine, got '" + name + "'");
+    }
+    table = chosen;
+    table_name = name;
+}
+
+int allowed(int threads) { return forked ? 1 : threads; }
+
+Type type_named(const std::string& name) {
+    if (name == "float32") return Type::float32;
+    if (name == "bfloat16") return Type::bfloat16;
+    if (name == "float16") return Type::float16;
+    throw py::value_error("dtype: expected float32, bfloat16 or float16, got " + name);
+}
+
 template <typename T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+View make_view(uintptr_t data, const std::string& dtype, const std::array<int64_t, 4>& strides) {
+    return {pointer<const void>(data), type_named(dtype), strides[0], strides[1], strides[2], strides[3]};
+}
+
+Layer make_layer(const View& queries, const View& keys, uintptr_t logsumexps, int64_t heads, int64_t depth, Pair grid,
+                 float scale, float ratio, int64_t number) {
+    return {queries, keys, pointer<const float>(logsumexps), heads, depth, {grid[0], grid[1]}, scale, ratio, number};
+}
+
+Layer make_map_layer(const View& maps, int64_t heads, Pair grid, float ratio, int64_t number) {
+    return {maps, {}, nullptr, heads, 0, {grid[0], grid[1]}, 0, ratio, number};
+}
+
+int64_t aggregate(const std::vector<Layer>& layers, int64_t batch, uintptr_t out, int threads) {
+    return table->aggregate(layers.data(), static_cast<int64_t>(layers.size()), batch, pointer<float>(out),
+                            allowed(threads));
+}
+
+int64_t aggregate_maps(const std::vector<Layer>& layers, int64_t batch, uintptr_t out, int threads) {
+    return table->aggregate_maps(layers.data(), static_cast<int64_t>(layers.size()), batch, pointer<float>(out),
+                                 allowed(threads));
+}
+
+int64_t merge(const View& attention, Pair grid, int64_t batch, const std::vector<int64_t>& anchors,
+              const std::vector<float>& thresholds, bool exclusive, uintptr_t maps, uintptr_t counts, int threads) {
+    const diffseg::MergeOptions options = {anchors.data(), static_cast<int64_t>(anchors.size()), thresholds.data(),
+                                           static_cast<int64_t>(thresholds.size()), exclusive};
+    return table->merge(attention, {grid[0], grid[1]}, batch, options, pointer<float>(maps), pointer<int32_t>(counts),
+                        allowed(threads));
+}
+
+void label(uintptr_t maps, uintptr_t counts, uintptr_t winner, int64_t batch, int64_t length, Pair grid, Pair size,
+           int threads) {
+    table->label(pointer<const float>(maps), pointer<const int32_t>(counts), pointer<int32_t>(winner), batch, length,
+                 {grid[0], grid[1]}, {size[0], size[1]}, allowed(threads));
+}
+
+void divergences(uintptr_t maps, int64_t length, Pair grid, uintptr_t out) {
+    table->divergences(pointer<const float>(maps), length, {grid[0], grid[1]}, pointer<float>(out));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "C++ kernels of diffseg for CPUs: raw pointers, sizes and a thread count.";
-    module.def(
-        "label",
-        [](uintptr_t maps, uintptr_t counts, uintptr_t winner, int64_t batch, int64_t length, int64_t h, int64_t w,
-           int64_t height, int64_t width, int threads) {
-            diffseg::label(pointer<const float>(maps), pointer<const int32_t>(counts), pointer<int32_t>(winner), batch,
-                           length, h, w, height, width, threads);
-        },
-        py::arg("maps"), py::arg("counts"), py::arg("winner"), py::arg("batch"), py::arg("length"), py::arg("h"),
-        py::arg("w"), py::arg("height"), py::arg("width"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+    use(available().front());
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+    module.def("available_isas", &available, "Instruction sets that this machine has, the preferred one first.");
+    module.def("isa", [] { return table_name; }, "The instruction set in use.");
+    module.def("use_isa", &use, py::arg("name"), "Forces an instruction set; ValueError where this machine lacks it.");
+
+    py::class_<View>(module, "View", "A tensor [batch, heads, rows, columns]; strides count elements.")
+        .def(py::init(&make_view), py::arg("data"), py::arg("dtype"), py::arg("strides"));
+    py::class_<Layer>(module, "Layer")
+        .def(py::init(&make_layer), py::kw_only(), py::arg("queries"), py::arg("keys"), py::arg("logsumexps"),
+             py::arg("heads"), py::arg("depth"), py::arg("grid"), py::arg("scale"), py::arg("ratio"), py::arg("number"))
+        .def(py::init(&make_map_layer), py::kw_only(), py::arg("maps"), py::arg("heads"), py::arg("grid"),
+             py::arg("ratio"), py::arg("number"));
+
+    const py::call_guard<py::gil_scoped_release> release;
+    module.def("aggregate", &aggregate, release);
+    module.def("aggregate_maps", &aggregate_maps, release);
+    module.def("merge", &merge, release);
+    module.def("label", &label, release);
+    module.def("divergences", &divergences, release);
 }

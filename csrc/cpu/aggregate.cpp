@@ -1,0 +1,455 @@
+// aggregate: A_f[(I, J)] = sum_k R_k normalise(upsample(M_k))[(I h_k // h, J w_k // w)], from queries and keys or from maps.
+//
+//   M_k       = sum over heads of softmax(Q_k K_k^T scale_k); the mean's factor drops out in the normalisation
+//   normalise = divide by the sum of the upsampled map: the dot product of M_k's row with fixed column weights, the share
+//               of each cell in the upsampled grid, so that the row need not be upsampled to know it
+//
+// Layers of one grid are summed before they are upsampled. The grids below the output's come first; their sums are kept
+// widened along x ([n_k, h_k, w]), and a row of A_f starts as the blend of these down y, computed where it is needed.
+//
+// Work split, from queries and keys: one task is a block of rows of one layer whose scores E and sum M, [rows, n] each,
+// stay in the second-level cache. For each head the keys stream past in panels of kWide columns, packed once a layer and
+// image; a tile of kTall x kWide scores leaves the registers as exp2(score - reference). The reference is each row's
+// largest score in the first panel: exact enough in floating point unless the row's true maximum lies 2^60 above, which
+// is detected, and then the pass is repeated with the true maximum. E / sum(E) of one head is added to M while the next
+// head's tiles pass by. With log-sum-exps there is no E: the tiles are added to M at once.
+// Work split, from maps: one task is a row of one grid; the heads of all its layers are summed in the first-level cache.
+//
+// Bytes a full-size layer, from queries and keys: Q and K once, packed K once a block from the last-level cache, A_f read
+// and written once (4 N^2 each; only written by the first layer). From maps: every map once, A_f written once.
+// Workspace: packed keys of one layer, two blocks of about 3/8 MiB a thread, and the sums of the lower grids.
+
+#include <math.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "upsample.h"
+
+namespace diffseg::DIFFSEG_ISA {
+namespace {
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kSmallest = 1e-30f;
+constexpr float kHeadroom = 60.0f;  // how far, in powers of two, scores may exceed their reference
+constexpr int64_t kBlockBytes = 768 << 10;
+constexpr int64_t kMostRows = 96;
+
+int thread_number() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+// The layers of one grid.
+struct Level {
+    Grid grid;
+    int64_t first, last;  // layers [first, last)
+    float* wide;          // [n, grid.height, width of the output]; null for the output grid itself
+    Tap *down, *across;   // taps of the output's rows and columns
+    float* share;         // [n rounded up to kWide] each cell's weight in the sum of an upsampled map
+};
+
+// All levels and what they own.
+class Levels {
+public:
+    Levels(const Layer* layers, int64_t count)
+        : grid(layers[count - 1].grid),
+          levels_(count),
+          taps_(count * (grid.height + grid.width)),
+          share_(share_size(layers, count)),
+          wide_(wide_size(layers, count, grid)) {
+        Tap* taps = taps_;
+        float *share = share_, *wide = wide_;
+        for (int64_t layer = 0; layer < count; ++layer) {
+            if (starts(layers, layer)) {
+                Level& level = levels_[this->count++];
+                level = {layers[layer].grid, layer, layer, wide, taps, taps + grid.height, share};
+                taps += grid.height + grid.width;
+                share += round_up(level.grid.cells(), kWide);
+                wide += level.grid.cells() * level.grid.height * grid.width;
+                fill_taps(level.down, level.grid.height, grid.height);
+                fill_taps(level.across, level.grid.width, grid.width);
+                fill_share(level);
+            }
+            levels_[this->count - 1].last = layer + 1;
+        }
+        top().wide = nullptr;
+    }
+
+    Level* begin() { return levels_; }
+    Level* end() { return levels_ + count; }
+    Level& top() { return levels_[count - 1]; }
+
+    // out [N] = row `cell` of the blend of all lower levels.
+    void start_row(int64_t cell, float* out) const {
+        const int64_t y = cell / grid.width, x = cell % grid.width;
+        memset(out, 0, grid.cells() * sizeof(float));
+        for (const Level* level = levels_; level->wide != nullptr; ++level) {
+            const int64_t row = y * level->grid.height / grid.height * level->grid.width +
+                                x * level->grid.width / grid.width;
+            const float* map = level->wide + row * level->grid.height * grid.width;
+            for (int64_t line = 0; line < grid.height; ++line) {
+                const Tap& tap = level->down[line];
+                const float *low = map + tap.low * grid.width, *high = map + tap.high * grid.width;
+                const float rest = 1.0f - tap.weight;
+                float* to = out + line * grid.width;
+                for (int64_t j = 0; j < grid.width; ++j) to[j] += rest * low[j] + tap.weight * high[j];
+            }
+        }
+    }
+
+    // Widens a finished row [n] of a lower level along x.
+    void widen_row(const Level& level, int64_t row, const float* map) const {
+        float* to = level.wide + row * level.grid.height * grid.width;
+        for (int64_t y = 0; y < level.grid.height; ++y) {
+            const float* line = map + y * level.grid.width;
+            for (int64_t x = 0; x < grid.width; ++x) {
+                const Tap& tap = level.across[x];
+                *to++ = (1.0f - tap.weight) * line[tap.low] + tap.weight * line[tap.high];
+            }
+        }
+    }
+
+    const Grid grid;
+    int64_t count = 0;
+
+private:
+    static bool starts(const Layer* layers, int64_t layer) {
+        return layer == 0 || layers[layer].grid.height != layers[layer - 1].grid.height ||
+               layers[layer].grid.width != layers[layer - 1].grid.width;
+    }
+
+    static int64_t share_size(const Layer* layers, int64_t count) {
+        int64_t size = 0;
+        for (int64_t layer = 0; layer < count; ++layer)
+            if (starts(layers, layer)) size += round_up(layers[layer].grid.cells(), kWide);
+        return size;
+    }
+
+    static int64_t wide_size(const Layer* layers, int64_t count, Grid out) {
+        int64_t size = 0;
+        for (int64_t layer = 0; layer < count; ++layer)
+            if (starts(layers, layer) && layers[layer].grid.cells() < out.cells())
+                size += layers[layer].grid.cells() * layers[layer].grid.height * out.width;
+        return size;
+    }
+
+    // The share of a cell is the product of its shares along y and x.
+    void fill_share(const Level& level) const {
+        const int64_t width = level.grid.width;
+        memset(level.share, 0, round_up(level.grid.cells(), kWide) * sizeof(float));
+        for (int64_t y = 0; y < grid.height; ++y)
+            for (int64_t x = 0; x < grid.width; ++x) {
+                const Tap &down = level.down[y], &across = level.across[x];
+                level.share[down.low * width + across.low] += (1 - down.weight) * (1 - across.weight);
+                level.share[down.low * width + across.high] += (1 - down.weight) * across.weight;
+                level.share[down.high * width + across.low] += down.weight * (1 - across.weight);
+                level.share[down.high * width + across.high] += down.weight * across.weight;
+            }
+    }
+
+    Buffer<Level> levels_;
+    Buffer<Tap> taps_;
+    Buffer<float> share_, wide_;
+};
+
+// One layer of one image, its keys packed: what the tasks share.
+struct Scores {
+    const Layer& layer;
+    int64_t item, cells, panels, rows;  // `rows` of a block
+    const float* keys;                  // [heads, panels, depth, kWide]
+    float padding[kWide];               // 0 for the cells of the last panel, -inf beyond them
+
+    Scores(const Layer& from, int64_t item, const float* keys)
+        : layer(from), item(item), cells(from.grid.cells()), panels(panel_count(from)), rows(block_rows(from)), keys(keys) {
+        const int64_t listed = cells - (panels - 1) * kWide;
+        for (int64_t j = 0; j < kWide; ++j) padding[j] = j < listed ? 0.0f : -INFINITY;
+    }
+
+    static int64_t panel_count(const Layer& layer) { return round_up(layer.grid.cells(), kWide) / kWide; }
+
+    static int64_t block_rows(const Layer& layer) {
+        const int64_t row_bytes = 2 * panel_count(layer) * kWide * sizeof(float);
+        const int64_t rows = most<int64_t>(kBlockBytes / row_bytes / kTall, 1) * kTall;
+        return least(rows, least(kMostRows / kTall * kTall, round_up(layer.grid.cells(), kTall)));
+    }
+
+    static int64_t packed_keys(const Layer& layer) { return layer.heads * panel_count(layer) * layer.depth * kWide; }
+};
+
+// Columns [first, first + width) of a head, transposed: to[k * width + j] = view[first + j, k] * factor, zeros past the end.
+void pack(const View& view, int64_t item, int64_t head, int64_t first, int64_t cells, int64_t width, int64_t depth,
+          float factor, float* to) {
+    const int64_t listed = most<int64_t>(least(width, cells - first), 0);
+    typed(view, item * view.batch + head * view.head + first * view.row, [&](const auto* from) {
+        for (int64_t k = 0; k < depth; ++k) {
+            for (int64_t j = 0; j < listed; ++j) to[k * width + j] = widen(from[j * view.row + k * view.column]) * factor;
+            for (int64_t j = listed; j < width; ++j) to[k * width + j] = 0.0f;
+        }
+    });
+}
+
+// A block of rows of one layer. E and M are stored by panels, [panels, rows, kWide], so that a tile is contiguous.
+class Block {
+public:
+    static int64_t floats_needed(const Layer& layer) {
+        const int64_t rows = Scores::block_rows(layer), columns = Scores::panel_count(layer) * kWide;
+        return rows * (2 * columns + layer.depth + 2 + 2 * kLanes) + 64;
+    }
+
+    Block(const Scores& scores, int64_t first, float* memory)
+        : scores_(scores), first_(first), size_(scores.rows * scores.panels * kWide) {
+        exponentials_ = memory;
+        sums_ = exponentials_ + size_;
+        top_ = sums_ + size_;
+        total_ = top_ + scores.rows * kLanes;
+        reference_ = total_ + scores.rows * kLanes;
+        factor_ = reference_ + scores.rows;
+        queries_ = factor_ + scores.rows;
+    }
+
+    // M = sum over heads of the softmax.
+    void run() {
+        memset(sums_, 0, size_ * sizeof(float));
+        const Layer& layer = scores_.layer;
+        for (int64_t head = 0; head < layer.heads; ++head) {
+            for (int64_t row = 0; row < scores_.rows; row += kTall)
+                pack(layer.queries, scores_.item, head, first_ + row, scores_.cells, kTall, layer.depth,
+                     layer.scale * kLog2E, queries_ + row * layer.depth);
+            const float* keys = scores_.keys + head * scores_.panels * layer.depth * kWide;
+            if (layer.logsumexps != nullptr) {
+                refer_to_logsumexps(head);
+                pass<Mode::kAdd>(keys);
+            } else {
+                refer_to_first_panel(keys);
+                head == 0 ? pass<Mode::kStore>(keys) : pass<Mode::kFoldAndStore>(keys);
+                if (outgrown()) pass<Mode::kStore>(keys);
+                for (int64_t row = 0; row < scores_.rows; ++row) factor_[row] = 1.0f / sum(load(total_ + row * kLanes));
+            }
+        }
+        if (layer.logsumexps == nullptr)
+            for (int64_t tile = 0; tile < size_ / kWide; ++tile) fold(tile * kWide, factor_[tile % scores_.rows]);
+    }
+
+    int64_t rows() const { return least(scores_.rows, scores_.cells - first_); }
+
+    // The sum of row `row` of M, upsampled.
+    float mass(int64_t row, const float* share) const {
+        Vec total = {};
+        for (int64_t panel = 0; panel < scores_.panels; ++panel) {
+            const float* from = sums_ + (panel * scores_.rows + row) * kWide;
+            total += load(from) * load(share + panel * kWide);
+            total += load(from + kLanes) * load(share + panel * kWide + kLanes);
+        }
+        return sum(total);
+    }
+
+    // to [n] += factor * row `row` of M
+    void add_to(float* to, int64_t row, float factor) const {
+        for (int64_t panel = 0; panel < scores_.panels; ++panel, to += kWide) {
+            const float* from = sums_ + (panel * scores_.rows + row) * kWide;
+            const int64_t listed = least<int64_t>(kWide, scores_.cells - panel * kWide);
+            for (int64_t j = 0; j < listed; ++j) to[j] += factor * from[j];
+        }
+    }
+
+private:
+    enum class Mode { kStore, kFoldAndStore, kAdd };
+
+    void refer_to_logsumexps(int64_t head) {
+        const Layer& layer = scores_.layer;
+        const float* from = layer.logsumexps + (scores_.item * layer.heads + head) * scores_.cells;
+        for (int64_t row = 0; row < scores_.rows; ++row) {
+            const float value = from[least(first_ + row, scores_.cells - 1)];
+            reference_[row] = finite(value) ? value * kLog2E : NAN;
+        }
+    }
+
+    void refer_to_first_panel(const float* keys) {
+        for (int64_t row = 0; row < scores_.rows; row += kTall) {
+            Vec tile[kTall][2];
+            score(tile, row, 0, keys);
+            for (int i = 0; i < kTall; ++i)
+                reference_[row + i] = most(-1e30f, maximum(larger(tile[i][0], tile[i][1])));
+        }
+    }
+
+    // Whether a row's scores outgrew its reference; then the reference becomes their maximum.
+    bool outgrown() {
+        bool any = false;
+        for (int64_t row = 0; row < scores_.rows; ++row) {
+            const float top = maximum(load(top_ + row * kLanes));
+            if (top > reference_[row] + kHeadroom) {
+                reference_[row] = top;
+                any = true;
+            }
+        }
+        return any;
+    }
+
+    void fold(int64_t offset, float factor) {
+        store(sums_ + offset, load(sums_ + offset) + load(exponentials_ + offset) * factor);
+        store(sums_ + offset + kLanes, load(sums_ + offset + kLanes) + load(exponentials_ + offset + kLanes) * factor);
+    }
+
+    inline __attribute__((always_inline)) void score(Vec (&tile)[kTall][2], int64_t row, int64_t panel, const float* keys) const {
+        static const float zeros[kWide] = {};
+        const int64_t depth = scores_.layer.depth;
+        const float* right = keys + panel * depth * kWide;
+        multiply(tile, panel + 1 == scores_.panels ? scores_.padding : zeros, queries_ + row * depth, depth,
+                 [=](int64_t k) { return right + k * kWide; });
+    }
+
+    // One pass of the keys: the tiles' exponentials are stored to E or added to M.
+    template <Mode mode>
+    void pass(const float* keys) {
+        for (int64_t row = 0; row < scores_.rows; ++row) {
+            store(top_ + row * kLanes, splat(-INFINITY));
+            store(total_ + row * kLanes, Vec{});
+        }
+        for (int64_t panel = 0; panel < scores_.panels; ++panel) {
+            for (int64_t row = 0; row < scores_.rows; row += kTall) {
+                Vec tile[kTall][2];
+                score(tile, row, panel, keys);
+#pragma GCC unroll 12
+                for (int i = 0; i < kTall; ++i) {
+                    const int64_t lane = (row + i) * kLanes, offset = (panel * scores_.rows + row + i) * kWide;
+                    const Vec reference = splat(reference_[row + i]);
+                    const Vec first = exp2(tile[i][0] - reference), second = exp2(tile[i][1] - reference);
+                    if constexpr (mode == Mode::kAdd) {
+                        store(sums_ + offset, load(sums_ + offset) + first);
+                        store(sums_ + offset + kLanes, load(sums_ + offset + kLanes) + second);
+                    } else {
+                        if constexpr (mode == Mode::kFoldAndStore) fold(offset, factor_[row + i]);
+                        store(top_ + lane, larger(larger(tile[i][0], tile[i][1]), load(top_ + lane)));
+                        store(total_ + lane, load(total_ + lane) + (first + second));
+                        store(exponentials_ + offset, first);
+                        store(exponentials_ + offset + kLanes, second);
+                    }
+                }
+            }
+        }
+    }
+
+    const Scores& scores_;
+    const int64_t first_, size_;
+    float *exponentials_, *sums_, *top_, *total_, *reference_, *factor_, *queries_;
+};
+
+int64_t largest(const Layer* layers, int64_t count, int64_t (*size)(const Layer&)) {
+    int64_t result = 0;
+    for (int64_t layer = 0; layer < count; ++layer) result = most(result, size(layers[layer]));
+    return result;
+}
+
+int64_t aggregate(const Layer* layers, int64_t count, int64_t batch, float* out, int threads) {
+    Levels levels(layers, count);
+    const int64_t cells = levels.grid.cells();
+    int64_t lower = 1;
+    for (const Level& level : levels)
+        if (level.wide != nullptr) lower = level.grid.cells();
+    Buffer<float> compact(lower * lower), keys(largest(layers, count, Scores::packed_keys));
+    const int64_t block_size = largest(layers, count, Block::floats_needed);
+    Buffer<float> blocks(block_size * threads);
+    int64_t bad = count;
+
+    for (int64_t item = 0; item < batch; ++item) {
+        for (const Level& level : levels) {
+            const bool is_top = level.wide == nullptr;
+            float* target = is_top ? out + item * cells * cells : static_cast<float*>(compact);
+            for (int64_t index = level.first; index < level.last; ++index) {
+                const Layer& layer = layers[index];
+                const Scores scores(layer, item, keys);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+                {
+                    float* memory = blocks + thread_number() * block_size;
+#pragma omp for schedule(static)
+                    for (int64_t panel = 0; panel < layer.heads * scores.panels; ++panel)
+                        pack(layer.keys, item, panel / scores.panels, panel % scores.panels * kWide, scores.cells,
+                             kWide, layer.depth, 1.0f, keys + panel * layer.depth * kWide);
+#pragma omp for schedule(dynamic) reduction(min : bad)
+                    for (int64_t first = 0; first < scores.cells; first += scores.rows) {
+                        Block block(scores, first, memory);
+                        block.run();
+                        for (int64_t row = 0; row < block.rows(); ++row) {
+                            float* to = target + (first + row) * scores.cells;
+                            const float mass = block.mass(row, level.share);
+                            if (!finite(mass)) bad = least(bad, layers[index].number);
+                            if (index == level.first) {
+                                if (is_top)
+                                    levels.start_row(first + row, to);
+                                else
+                                    memset(to, 0, scores.cells * sizeof(float));
+                            }
+                            block.add_to(to, row, layer.ratio / most(mass, kSmallest));
+                        }
+                    }
+                }
+            }
+            if (is_top) continue;
+            const int64_t rows = level.grid.cells();
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+            for (int64_t row = 0; row < rows; ++row) levels.widen_row(level, row, compact + row * rows);
+        }
+    }
+    return bad == count ? kFinite : bad;
+}
+
+// to [n] = sum over heads of row `row` of the layer's maps; returns its mass. Four heads at a time, as streams of their
+// own, keep more of memory's latency covered than one.
+float sum_heads(const Layer& layer, int64_t item, int64_t row, const float* share, float* __restrict to) {
+    const View& maps = layer.queries;
+    const int64_t cells = layer.grid.cells();
+    memset(to, 0, cells * sizeof(float));
+    typed(maps, item * maps.batch + row * maps.row, [&](const auto* from) {
+        int64_t head = 0;
+        for (; head + 4 <= layer.heads; head += 4) {
+            const auto* first = from + head * maps.head;
+            const auto *second = first + maps.head, *third = second + maps.head, *fourth = third + maps.head;
+            for (int64_t j = 0; j < cells; ++j)
+                to[j] += (widen(first[j]) + widen(second[j])) + (widen(third[j]) + widen(fourth[j]));
+        }
+        for (; head < layer.heads; ++head)
+            for (int64_t j = 0; j < cells; ++j) to[j] += widen(from[head * maps.head + j]);
+    });
+    return total(
+        cells, [=](int64_t j) { return load(to + j) * load(share + j); }, [=](int64_t j) { return to[j] * share[j]; });
+}
+
+int64_t aggregate_maps(const Layer* layers, int64_t count, int64_t batch, float* out, int threads) {
+    Levels levels(layers, count);
+    const int64_t cells = levels.grid.cells();
+    Buffer<float> lines(2 * cells * threads);
+    int64_t bad = count;
+    for (int64_t item = 0; item < batch; ++item) {
+        for (const Level& level : levels) {
+            const bool is_top = level.wide == nullptr;
+            const int64_t size = level.grid.cells();
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 16) reduction(min : bad)
+            for (int64_t row = 0; row < size; ++row) {
+                float* line = lines + 2 * cells * thread_number();
+                float* to = is_top ? out + (item * cells + row) * cells : line + cells;
+                if (is_top)
+                    levels.start_row(row, to);
+                else
+                    memset(to, 0, size * sizeof(float));
+                for (int64_t index = level.first; index < level.last; ++index) {
+                    const float mass = sum_heads(layers[index], item, row, level.share, line);
+                    if (!finite(mass)) bad = least(bad, layers[index].number);
+                    const float factor = layers[index].ratio / most(mass, kSmallest);
+                    for (int64_t j = 0; j < size; ++j) to[j] += factor * line[j];
+                }
+                if (!is_top) levels.widen_row(level, row, to);
+            }
+        }
+    }
+    return bad == count ? kFinite : bad;
+}
+
+}  // namespace
+}  // namespace diffseg::DIFFSEG_ISA

@@ -1,0 +1,24 @@
+// Which of the compiled instruction sets this machine has.
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace diffseg {
+
+const Kernels* kernels(const char* isa) {
+#ifdef DIFFSEG_X86
+    __builtin_cpu_init();
+    if (std::strcmp(isa, "avx512") == 0)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                       __builtin_cpu_supports("fma")
+                   ? &avx512::table
+                   : nullptr;
+    if (std::strcmp(isa, "avx2") == 0)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &avx2::table : nullptr;
+#endif
+    return std::strcmp(isa, "portable") == 0 ? &portable::table : nullptr;
+}
+
+}  // namespace diffseg

@@ -1,0 +1,626 @@
+// merge: proposals by symmetric KL divergence.
+//
+//   D(v, f) = 1/2 (H_v + H_f - p_v.l_f - l_v.p_f),   p = max(A, 1e-30), l = log(p N), H = p.l
+//   round 1:  proposal v = mean of the maps f with D(v, f) < tau_1;   later rounds: the same D within the list, a greedy
+//   walk over its bits, and the mean of each group
+//
+// Bounds that decide most pairs at 1/8 of the work. Split p and l of each block of 4 x 4 cells into block mean and rest,
+// p = P/16 + r and l = L + s, P the block's sum, L its mean logarithm. The rests sum to zero in a block, so that
+//   p_v.l_f = sum over blocks of P_v L_f + r_v.s_f,   |r_v.s_f| <= sum over blocks of |r_v| |s_f|   (Cauchy-Schwarz),
+// which is D, exact but for a band: |D - 1/2 (H_v + H_f - P_v.L_f - L_v.P_f)| <= 1/2 (|r_v|.|s_f| + |s_v|.|r_f|), two
+// pairs of products over N / 16 blocks. A pair whose band (and the margin of rounding) does not hold tau is decided.
+// A sample of rows says whether the bounds pay; on noise they do not, and are left out.
+// Pairs left open are summed over chunks of the columns. Each chunk's part of D is >= 0, so a pair whose sum has reached
+// tau is dropped.
+//
+// Work split, round 1: one task is a block of rows f against all anchors. A tile of kLefts x kRights pairs sums both
+// products in vectors along the columns, so that rows and anchors are gathered by pointer and never repacked.
+// Mean: one task is a strip of kWide columns, packed (4 N kWide bytes, second-level cache). kTall proposals at a time
+// are a product of 0/1 weights and rows; rows that belong to the same of these proposals are summed once, before it.
+// Each proposal's sum runs over the rows in an order that depends on the matches alone, not on threads.
+// Bytes: A_f is read twice (4 N^2 each); anchors' p and l, 8 P N, once a block of rows, from the last-level cache.
+// Workspace: 8 P N for p and l, 4 P N for a second list, and per 4 x 4 block, match and strip a few MB.
+
+#include <math.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "simd.h"
+
+namespace diffseg::DIFFSEG_ISA {
+namespace {
+
+constexpr float kSmallestProbability = 1e-30f;
+constexpr float kMargin = 1e-4f;         // of rounding, on D
+constexpr float kSquareMargin = 2e-6f;   // of rounding, on a block's sum of squares, relative
+constexpr int64_t kChunk = 256;          // columns
+constexpr int64_t kSide = 4;             // cells, of a block
+constexpr int64_t kRowsOfTask = 48;
+constexpr int64_t kSampledRows = 24;
+constexpr float kWorthwhile = 0.25f;     // share of decided pairs from which the bounds pay
+
+enum State : uint8_t { kFar, kNear, kOpen };
+
+// Maps [*, N] of one image in any dtype.
+struct Rows {
+    View view;
+    int64_t item, cells;
+    const float* row(int64_t index, float* line) const { return part(index, 0, cells, line); }
+    const float* part(int64_t index, int64_t first, int64_t length, float* line) const {
+        return floats(view, item * view.batch + index * view.row + first, length, line);
+    }
+};
+
+// p and l of `length` values, zeros up to a multiple of kLanes; returns p.l.
+float terms(const float* from, int64_t length, int64_t cells, float* p, float* l) {
+    const float factor = static_cast<float>(cells);
+    Vec entropy = {};
+    for (int64_t j = 0; j < length; j += kLanes) {
+        float tail[kLanes] = {};
+        const int64_t listed = length - j;
+        if (listed < kLanes) memcpy(tail, from + j, listed * sizeof(float));
+        const Vec probability = larger(splat(kSmallestProbability), load(listed < kLanes ? tail : from + j));
+        const Vec logarithm = log(probability * factor);
+        store(p + j, probability);
+        store(l + j, logarithm);
+        for (int64_t lane = listed; lane < kLanes; ++lane) p[j + lane] = l[j + lane] = 0.0f;
+        entropy += load(p + j) * load(l + j);
+    }
+    return sum(entropy);
+}
+
+bool all_finite(const float* from, int64_t length) {
+    return total(
+               length, [=](int64_t j) { return load(from + j) - load(from + j); },
+               [=](int64_t j) { return from[j] - from[j]; }) == 0;
+}
+
+// What the bounds need of a map: P, L, |r| and |s| of each block, [4, blocks].
+class Summaries {
+public:
+    explicit Summaries(Grid grid)
+        : blocks(round_up((grid.height + kSide - 1) / kSide * ((grid.width + kSide - 1) / kSide), kLanes)), grid_(grid) {}
+
+    int64_t size() const { return 4 * blocks; }
+    int64_t scratch() const { return 2 * round_up(grid_.cells(), kLanes) + 4 * grid_.width; }
+
+    // Returns the entropy H of the map.
+    float summarise(const float* map, float* scratch, float* out) const {
+        const int64_t cells = grid_.cells(), width = grid_.width;
+        float *p = scratch, *l = p + round_up(cells, kLanes), *sums = l + round_up(cells, kLanes);
+        const float entropy = terms(map, cells, cells, p, l);
+        memset(out, 0, size() * sizeof(float));
+        for (int64_t top = 0; top < grid_.height; top += kSide) {
+            const int64_t bottom = least(top + kSide, grid_.height);
+            memset(sums, 0, 4 * width * sizeof(float));
+            for (int64_t y = top; y < bottom; ++y) add_line(p + y * width, l + y * width, width, sums);
+            for (int64_t left = 0; left < width; left += kSide, ++out)
+                finish_block(sums, left, least(left + kSide, width), bottom - top, out);
+        }
+        return entropy;
+    }
+
+    const int64_t blocks;
+
+private:
+    static void add_line(const float* p, const float* l, int64_t width, float* sums) {
+        for (int64_t x = 0; x < width; ++x) {
+            sums[x] += p[x];
+            sums[width + x] += l[x];
+            sums[2 * width + x] += p[x] * p[x];
+            sums[3 * width + x] += l[x] * l[x];
+        }
+    }
+
+    void finish_block(const float* sums, int64_t left, int64_t right, int64_t height, float* out) const {
+        float totals[4] = {};
+        for (int kind = 0; kind < 4; ++kind)
+            for (int64_t x = left; x < right; ++x) totals[kind] += sums[kind * grid_.width + x];
+        const float size = static_cast<float>((right - left) * height);
+        out[0] = totals[0];
+        out[blocks] = totals[1] / size;
+        out[2 * blocks] = deviation(totals[2], totals[0], size);
+        out[3 * blocks] = deviation(totals[3], totals[1], size);
+    }
+
+    static float deviation(float squares, float sum, float size) {
+        return __builtin_sqrtf(most(0.0f, squares - sum * sum / size) + kSquareMargin * squares);
+    }
+
+    const Grid grid_;
+};
+
+// The maps that others are compared with: the anchors, later the list.
+struct Set {
+    Set(int64_t capacity, Grid grid)
+        : cells(grid.cells()),
+          chunks((cells + kChunk - 1) / kChunk),
+          summaries(grid),
+          fine_(capacity * chunks * 2 * kChunk),
+          parts_(capacity * chunks),
+          coarse_(capacity * summaries.size()),
+          entropies(capacity) {}
+
+    void fill(const Rows& rows, const int64_t* indices, int64_t count, int threads) {
+        length = count;
+        const int64_t scratch_size = summaries.scratch() + round_up(cells, kLanes);
+        Buffer<float> scratch(scratch_size * threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+        for (int64_t v = 0; v < count; ++v) {
+            float* line = scratch + thread_number() * scratch_size;
+            float* work = line + round_up(cells, kLanes);
+            const float* map = rows.row(indices == nullptr ? v : indices[v], line);
+            entropies[v] = summaries.summarise(map, work, coarse_ + v * summaries.size());
+            for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+                float* p = fine_ + (chunk * length + v) * 2 * kChunk;
+                parts_[chunk * length + v] = terms(map + chunk * kChunk, columns(chunk), cells, p, p + kChunk);
+            }
+        }
+    }
+
+    int64_t columns(int64_t chunk) const { return least(kChunk, cells - chunk * kChunk); }
+    const float* fine(int64_t chunk, int64_t v) const { return fine_ + (chunk * length + v) * 2 * kChunk; }
+    float part(int64_t chunk, int64_t v) const { return parts_[chunk * length + v]; }
+    const float* coarse(int64_t v) const { return coarse_ + v * summaries.size(); }
+
+    const int64_t cells, chunks;
+    const Summaries summaries;
+    int64_t length = 0;
+
+private:
+    Buffer<float> fine_, parts_, coarse_;
+
+public:
+    Buffer<float> entropies;
+};
+
+// out[i][j] = left_i.x . right_j.y + left_i.y . right_j.x, where y lies `gap` behind x.
+void cross(const float* const* lefts, const float* const* rights, int64_t gap, int64_t length,
+           float (&out)[kLefts][kRights]) {
+    Vec tile[kLefts][kRights] = {};
+    for (int64_t k = 0; k < length; k += kLanes) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            Vec right[kRights];
+#pragma GCC unroll 4
+            for (int j = 0; j < kRights; ++j) right[j] = load(rights[j] + k + (half == 0 ? 0 : gap));
+#pragma GCC unroll 6
+            for (int i = 0; i < kLefts; ++i) {
+                const Vec left = load(lefts[i] + k + (half == 0 ? gap : 0));
+#pragma GCC unroll 4
+                for (int j = 0; j < kRights; ++j) tile[i][j] += left * right[j];
+            }
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < kLefts; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kRights; ++j) out[i][j] = sum(tile[i][j]);
+}
+
+// A block of rows against a set: states and sums of D are [rows, set.length].
+class Comparison {
+public:
+    static int64_t floats_needed(const Set& set, int64_t capacity) {
+        return kRowsOfTask * (set.summaries.size() + capacity + 1) + set.summaries.scratch() + round_up(set.cells, kLanes) +
+               kLefts * 2 * kChunk + 64;
+    }
+    static int64_t ints_needed(int64_t capacity) { return kRowsOfTask / kLefts * (capacity + 1); }
+
+    Comparison(const Rows& rows, const Set& set, int64_t first, int64_t stride, int64_t count, float threshold,
+               float* memory, int32_t* lists, uint8_t* states)
+        : rows_(rows), set_(set), first_(first), stride_(stride), count_(count), threshold_(threshold), states_(states) {
+        coarse_ = memory;
+        sums_ = coarse_ + kRowsOfTask * set.summaries.size();
+        entropies_ = sums_ + kRowsOfTask * set.length;
+        line_ = entropies_ + kRowsOfTask;
+        scratch_ = line_ + round_up(set.cells, kLanes);
+        fine_ = scratch_ + set.summaries.scratch();
+        lists_ = lists;
+        lengths_ = lists + kRowsOfTask / kLefts * set.length;
+    }
+
+    // Reads the rows; false where one has NaN or infinity.
+    bool summarise() {
+        for (int64_t row = 0; row < count_; ++row) {
+            const float* map = rows_.row(index(row), line_);
+            if (!all_finite(map, set_.cells)) return false;
+            entropies_[row] = set_.summaries.summarise(map, scratch_, coarse_ + row * set_.summaries.size());
+        }
+        return true;
+    }
+
+    bool check() {
+        for (int64_t row = 0; row < count_; ++row)
+            if (!all_finite(rows_.row(index(row), line_), set_.cells)) return false;
+        return true;
+    }
+
+    void open() { memset(states_, kOpen, count_ * set_.length); }
+
+    // Calls visit(row, v, estimate, band) for all pairs; needs summarise().
+    template <class Visit>
+    void bound(Visit visit) const {
+        const int64_t blocks = set_.summaries.blocks;
+        constexpr int64_t kResident = 16 * kRights;  // maps of the set that stay in the second-level cache
+        for (int64_t start = 0; start < set_.length; start += kResident)
+            for (int64_t row = 0; row < count_; row += kLefts)
+                for (int64_t v = start; v < least(start + kResident, set_.length); v += kRights) {
+                    const float *lefts[2][kLefts], *rights[2][kRights];
+                    for (int i = 0; i < kLefts; ++i) {
+                        lefts[0][i] = coarse_ + least(row + i, count_ - 1) * set_.summaries.size();
+                        lefts[1][i] = lefts[0][i] + 2 * blocks;
+                    }
+                    for (int j = 0; j < kRights; ++j) {
+                        rights[0][j] = set_.coarse(least(v + j, set_.length - 1));
+                        rights[1][j] = rights[0][j] + 2 * blocks;
+                    }
+                    float means[kLefts][kRights], rests[kLefts][kRights];
+                    cross(lefts[0], rights[0], blocks, blocks, means);
+                    cross(lefts[1], rights[1], blocks, blocks, rests);
+                    for (int i = 0; i < kLefts && row + i < count_; ++i)
+                        for (int j = 0; j < kRights && v + j < set_.length; ++j)
+                            visit(row + i, v + j, (entropies_[row + i] + set_.entropies[v + j] - means[i][j]) / 2,
+                                  rests[i][j] / 2);
+                }
+    }
+
+    // States of all pairs by the bounds; returns how many are decided.
+    int64_t decide() {
+        int64_t decided = 0;
+        bound([&](int64_t row, int64_t v, float estimate, float band) {
+            State state = kOpen;
+            if (estimate - band >= threshold_ + kMargin) state = kFar;
+            if (estimate + band < threshold_ - kMargin) state = kNear;
+            states_[row * set_.length + v] = state;
+            decided += state != kOpen;
+        });
+        return decided;
+    }
+
+    // Settles the open pairs: `sums` holds D of those that were not dropped.
+    void settle() {
+        memset(sums_, 0, count_ * set_.length * sizeof(float));
+        for (int64_t group = 0; group * kLefts < count_; ++group) list_open(group);
+        for (int64_t chunk = 0; chunk < set_.chunks; ++chunk)
+            for (int64_t group = 0; group * kLefts < count_; ++group) {
+                if (lengths_[group] == 0) continue;
+                add_chunk(group, chunk);
+                if (chunk % 4 == 3) drop_far(group);
+            }
+        for (int64_t pair = 0; pair < count_ * set_.length; ++pair)
+            if (states_[pair] == kOpen) states_[pair] = sums_[pair] < threshold_ ? kNear : kFar;
+    }
+
+    float value(int64_t row, int64_t v) const { return sums_[row * set_.length + v]; }
+
+private:
+    int64_t index(int64_t row) const { return first_ + row * stride_; }
+    int64_t rows_of(int64_t group) const { return least<int64_t>(kLefts, count_ - group * kLefts); }
+
+    bool is_open(int64_t group, int64_t v) const {
+        for (int64_t i = 0; i < rows_of(group); ++i)
+            if (states_[(group * kLefts + i) * set_.length + v] == kOpen) return true;
+        return false;
+    }
+
+    void list_open(int64_t group) {
+        int32_t length = 0;
+        for (int64_t v = 0; v < set_.length; ++v)
+            if (is_open(group, v)) lists_[group * set_.length + length++] = static_cast<int32_t>(v);
+        lengths_[group] = length;
+    }
+
+    void drop_far(int64_t group) {
+        int32_t *list = lists_ + group * set_.length, length = 0;
+        for (int32_t entry = 0; entry < lengths_[group]; ++entry) {
+            const int32_t v = list[entry];
+            for (int64_t i = 0; i < rows_of(group); ++i) {
+                const int64_t pair = (group * kLefts + i) * set_.length + v;
+                if (states_[pair] == kOpen && sums_[pair] >= threshold_ + kMargin) states_[pair] = kFar;
+            }
+            if (is_open(group, v)) list[length++] = v;
+        }
+        lengths_[group] = length;
+    }
+
+    void add_chunk(int64_t group, int64_t chunk) {
+        const int64_t columns = set_.columns(chunk);
+        const int32_t* list = lists_ + group * set_.length;
+        const float* lefts[kLefts];
+        float parts[kLefts];
+        for (int64_t i = 0; i < kLefts; ++i) {
+            float* to = fine_ + i * 2 * kChunk;
+            lefts[i] = i < rows_of(group) ? to : fine_;
+            if (i >= rows_of(group)) continue;
+            const float* from = rows_.part(index(group * kLefts + i), chunk * kChunk, columns, line_);
+            parts[i] = terms(from, columns, set_.cells, to, to + kChunk);
+        }
+        for (int32_t entry = 0; entry < lengths_[group]; entry += kRights) {
+            const float* rights[kRights];
+            const int64_t width = least<int64_t>(kRights, lengths_[group] - entry);
+            for (int64_t j = 0; j < kRights; ++j) rights[j] = set_.fine(chunk, list[entry + least(j, width - 1)]);
+            float products[kLefts][kRights];
+            cross(lefts, rights, kChunk, round_up(columns, kLanes), products);
+            for (int64_t i = 0; i < rows_of(group); ++i)
+                for (int64_t j = 0; j < width; ++j) {
+                    const int64_t v = list[entry + j];
+                    sums_[(group * kLefts + i) * set_.length + v] +=
+                        most(0.0f, (parts[i] + set_.part(chunk, v) - products[i][j]) / 2);
+                }
+        }
+    }
+
+    const Rows& rows_;
+    const Set& set_;
+    const int64_t first_, stride_, count_;
+    const float threshold_;
+    float *coarse_, *sums_, *entropies_, *line_, *scratch_, *fine_;
+    int32_t *lists_, *lengths_;
+    uint8_t* states_;
+};
+
+// near[f, v] = kNear where D(v, f) < threshold, else kFar: [count, set.length]. False where a row is not finite.
+bool compare(const Rows& rows, int64_t count, const Set& set, float threshold, uint8_t* near, int threads) {
+    const int64_t size = Comparison::floats_needed(set, set.length), list_size = Comparison::ints_needed(set.length);
+    Buffer<float> memory(size * threads);
+    Buffer<int32_t> lists(list_size * threads);
+    const int64_t sampled = least(kSampledRows, count);
+    Comparison sample(rows, set, 0, count / sampled, sampled, threshold, memory, lists, near);
+    if (!sample.summarise()) return false;
+    const bool bounded = static_cast<float>(sample.decide()) >= kWorthwhile * static_cast<float>(sampled * set.length);
+    bool finite = true;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic) reduction(&& : finite)
+    for (int64_t first = 0; first < count; first += kRowsOfTask) {
+        const int64_t thread = thread_number();
+        Comparison comparison(rows, set, first, 1, least(kRowsOfTask, count - first), threshold, memory + thread * size,
+                              lists + thread * list_size, near + first * set.length);
+        if (bounded ? !comparison.summarise() : !comparison.check()) {
+            finite = false;
+            continue;
+        }
+        bounded ? static_cast<void>(comparison.decide()) : comparison.open();
+        comparison.settle();
+    }
+    return finite;
+}
+
+// The rows of each group of kTall proposals, ordered by which of them they belong to ("pattern", a bit each).
+class Membership {
+public:
+    Membership(const uint8_t* near, int64_t rows, int64_t length, int threads)
+        : rows_(rows),
+          groups((length + kTall - 1) / kTall),
+          order_(groups * rows),
+          starts_(groups * (rows + 1)),
+          distinct_(groups),
+          weights_(groups * rows * kTall),
+          counts_(groups * kTall) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+        for (int64_t group = 0; group < groups; ++group)
+            sort(near + group * kTall, length, least<int64_t>(kTall, length - group * kTall), group);
+    }
+
+    int64_t distinct(int64_t group) const { return distinct_[group]; }
+    const int32_t* order(int64_t group) const { return order_ + group * rows_; }
+    const int32_t* starts(int64_t group) const { return starts_ + group * (rows_ + 1); }
+    const float* weights(int64_t group) const { return weights_ + group * rows_ * kTall; }
+    int32_t count(int64_t v) const { return counts_[v]; }
+
+private:
+    static int pattern(const uint8_t* near, int64_t width) {
+        int bits = 0;
+        for (int64_t i = 0; i < width; ++i) bits |= (near[i] == kNear) << i;
+        return bits;
+    }
+
+    // Counting sort; rows of no proposal are left out.
+    void sort(const uint8_t* near, int64_t stride, int64_t width, int64_t group) {
+        constexpr int kPatterns = 1 << kTall;
+        int32_t place[kPatterns] = {};
+        for (int64_t row = 0; row < rows_; ++row) ++place[pattern(near + row * stride, width)];
+        int32_t *starts = starts_ + group * (rows_ + 1), *counts = counts_ + group * kTall;
+        float* weights = weights_ + group * rows_ * kTall;
+        int32_t distinct = 0, at = 0;
+        for (int i = 0; i < kTall; ++i) counts[i] = 0;
+        place[0] = 0;
+        for (int bits = 1; bits < kPatterns; ++bits) {
+            const int32_t size = place[bits];
+            place[bits] = at;
+            if (size == 0) continue;
+            starts[distinct] = at;
+            for (int i = 0; i < kTall; ++i) {
+                weights[distinct * kTall + i] = static_cast<float>(bits >> i & 1);
+                counts[i] += (bits >> i & 1) * size;
+            }
+            ++distinct;
+            at += size;
+        }
+        starts[distinct] = at;
+        distinct_[group] = distinct;
+        int32_t* order = order_ + group * rows_;
+        for (int64_t row = 0; row < rows_; ++row)
+            if (const int bits = pattern(near + row * stride, width)) order[place[bits]++] = static_cast<int32_t>(row);
+    }
+
+    const int64_t rows_;
+
+public:
+    const int64_t groups;
+
+private:
+    Buffer<int32_t> order_, starts_, distinct_;
+    Buffer<float> weights_;
+    Buffer<int32_t> counts_;
+};
+
+// Columns [first, first + kWide) of all rows, zeros past the last column.
+void pack_strip(const Rows& rows, int64_t count, int64_t first, float* strip) {
+    const int64_t width = least<int64_t>(kWide, rows.cells - first);
+    for (int64_t row = 0; row < count; ++row) {
+        float* to = strip + row * kWide;
+        const float* from = rows.part(row, first, width, to);
+        if (from != to) memcpy(to, from, width * sizeof(float));
+        for (int64_t j = width; j < kWide; ++j) to[j] = 0.0f;
+    }
+}
+
+// Each pattern's row, or the sum of its rows, as pointers.
+void sum_patterns(const float* strip, const int32_t* order, const int32_t* starts, int64_t distinct, float* sums,
+                  const float** patterns) {
+    for (int64_t k = 0; k < distinct; ++k) {
+        const float* row = strip + order[starts[k]] * kWide;
+        patterns[k] = row;
+        if (starts[k + 1] - starts[k] == 1) continue;
+        Vec first = load(row), second = load(row + kLanes);
+        for (int32_t at = starts[k] + 1; at < starts[k + 1]; ++at) {
+            row = strip + order[at] * kWide;
+            first += load(row);
+            second += load(row + kLanes);
+        }
+        store(sums, first);
+        store(sums + kLanes, second);
+        patterns[k] = sums;
+        sums += kWide;
+    }
+}
+
+// to[v] = mean of the rows near v: [length, N]
+void average(const Rows& rows, const uint8_t* near, int64_t count, int64_t length, float* to, int threads) {
+    static const float zeros[kWide] = {};
+    const Membership members(near, count, length, threads);
+    const int64_t cells = rows.cells, strip_size = count * kWide, sums_size = (count / 2 + 1) * kWide;
+    Buffer<float> strips(strip_size * threads), sums(sums_size * threads);
+    Buffer<const float*> patterns(count * threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+    for (int64_t first = 0; first < cells; first += kWide) {
+        const int64_t thread = thread_number(), width = least<int64_t>(kWide, cells - first);
+        float* strip = strips + thread * strip_size;
+        const float** right = patterns + thread * count;
+        pack_strip(rows, count, first, strip);
+        for (int64_t group = 0; group < members.groups; ++group) {
+            const int64_t distinct = members.distinct(group);
+            sum_patterns(strip, members.order(group), members.starts(group), distinct, sums + thread * sums_size, right);
+            Vec tile[kTall][2];
+            multiply(tile, zeros, members.weights(group), distinct, [=](int64_t k) { return right[k]; });
+            for (int64_t i = 0; i < least<int64_t>(kTall, length - group * kTall); ++i) {
+                const int64_t v = group * kTall + i;
+                float line[kWide];
+                const Vec size = splat(static_cast<float>(members.count(v)));
+                store(line, tile[i][0] / size);
+                store(line + kLanes, tile[i][1] / size);
+                memcpy(to + v * cells + first, line, width * sizeof(float));
+            }
+        }
+    }
+}
+
+// The greedy walk. Members of group g are members[starts[g]] to members[starts[g + 1] - 1]; returns the number of groups.
+int64_t walk(const uint8_t* near, int64_t length, bool exclusive, uint8_t* taken, int32_t* members, int64_t* starts) {
+    int64_t groups = 0, at = 0;
+    memset(taken, 0, length);
+    for (int64_t head = 0; head < length; ++head) {
+        if (taken[head]) continue;
+        starts[groups++] = at;
+        for (int64_t v = 0; v < length; ++v) {
+            if (near[head * length + v] != kNear) continue;
+            if (!exclusive || !taken[v]) members[at++] = static_cast<int32_t>(v);
+            taken[v] = 1;
+        }
+    }
+    starts[groups] = at;
+    return groups;
+}
+
+// to[g] = mean of the maps in group g.
+void average_groups(const float* maps, int64_t cells, const int32_t* members, const int64_t* starts, int64_t groups,
+                    float* to, int threads) {
+    constexpr int64_t kPart = 1024;
+    const int64_t parts = (cells + kPart - 1) / kPart;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+    for (int64_t task = 0; task < groups * parts; ++task) {
+        const int64_t group = task / parts, first = task % parts * kPart, width = least(kPart, cells - first);
+        float* line = to + group * cells + first;
+        memset(line, 0, width * sizeof(float));
+        for (int64_t at = starts[group]; at < starts[group + 1]; ++at) {
+            const float* map = maps + members[at] * cells + first;
+            for (int64_t j = 0; j < width; ++j) line[j] += map[j];
+        }
+        const float size = static_cast<float>(starts[group + 1] - starts[group]);
+        for (int64_t j = 0; j < width; ++j) line[j] /= size;
+    }
+}
+
+// One of the rounds 2..N: maps [length, N] -> to; returns the new length.
+int64_t later_round(const float* maps, int64_t length, Set& set, float threshold, bool exclusive, uint8_t* near,
+                    float* to, int threads) {
+    const int64_t cells = set.cells;
+    const Rows rows = {{maps, Type::float32, 0, 0, cells, 1}, 0, cells};
+    set.fill(rows, nullptr, length, threads);
+    compare(rows, length, set, threshold, near, threads);
+    for (int64_t v = 0; v < length; ++v) near[v * length + v] = kNear;
+    Buffer<int32_t> members(length * length);
+    Buffer<int64_t> starts(length + 1);
+    Buffer<uint8_t> taken(length);
+    const int64_t groups = walk(near, length, exclusive, taken, members, starts);
+    average_groups(maps, cells, members, starts, groups, to, threads);
+    return groups;
+}
+
+int64_t merge(const View& attention, Grid grid, int64_t batch, const MergeOptions& options, float* maps, int32_t* counts,
+              int threads) {
+    const int64_t cells = grid.cells(), length = options.length;
+    Set set(length, grid);
+    Buffer<uint8_t> near(most(cells, length) * length);
+    Buffer<float> other(options.rounds > 1 ? length * cells : 0);
+    for (int64_t item = 0; item < batch; ++item) {
+        const Rows rows = {attention, item, cells};
+        float *list = maps + item * length * cells, *spare = other;
+        set.fill(rows, options.anchors, length, threads);
+        if (!compare(rows, cells, set, options.thresholds[0], near, threads)) return item;
+        for (int64_t v = 0; v < length; ++v) near[options.anchors[v] * length + v] = kNear;
+        average(rows, near, cells, length, list, threads);
+        int64_t count = length;
+        for (int64_t round = 1; round < options.rounds; ++round) {
+            count = later_round(list, count, set, options.thresholds[round], options.exclusive, near, spare, threads);
+            float* swapped = list;
+            list = spare;
+            spare = swapped;
+        }
+        float* result = maps + item * length * cells;
+        if (list != result) memcpy(result, list, count * cells * sizeof(float));
+        memset(result + count * cells, 0, (length - count) * cells * sizeof(float));
+        counts[item] = static_cast<int32_t>(count);
+    }
+    return kFinite;
+}
+
+void divergences(const float* maps, int64_t length, Grid grid, float* out) {
+    const int64_t cells = grid.cells();
+    const Rows rows = {{maps, Type::float32, 0, 0, cells, 1}, 0, cells};
+    Set set(length, grid);
+    set.fill(rows, nullptr, length, 1);
+    Buffer<float> memory(Comparison::floats_needed(set, length));
+    Buffer<int32_t> lists(Comparison::ints_needed(length));
+    Buffer<uint8_t> states(kRowsOfTask * length);
+    for (int64_t first = 0; first < length; first += kRowsOfTask) {
+        const int64_t count = least(kRowsOfTask, length - first);
+        Comparison comparison(rows, set, first, 1, count, INFINITY, memory, lists, states);
+        comparison.summarise();
+        float* to = out + first * length * 3;
+        comparison.bound([=](int64_t row, int64_t v, float estimate, float band) {
+            to[(row * length + v) * 3] = estimate - band;
+            to[(row * length + v) * 3 + 1] = estimate + band;
+        });
+        comparison.open();
+        comparison.settle();
+        for (int64_t row = 0; row < count; ++row)
+            for (int64_t v = 0; v < length; ++v) to[(row * length + v) * 3 + 2] = comparison.value(row, v);
+    }
+}
+
+}  // namespace
+}  // namespace diffseg::DIFFSEG_ISA

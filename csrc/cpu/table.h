@@ -1,0 +1,6 @@
+// Every kernel, in the namespace of one instruction set: included once by each of avx512.cpp, avx2.cpp and portable.cpp.
+#include "aggregate.cpp"
+#include "label.cpp"
+#include "merge.cpp"
+
+const diffseg::Kernels diffseg::DIFFSEG_ISA::table = {aggregate, aggregate_maps, merge, label, divergences};
