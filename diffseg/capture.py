@@ -8,7 +8,7 @@ store, as attributes of objects that stay the same from one recording to the nex
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
@@ -121,13 +121,14 @@ def record_attention(unet: Any) -> Iterator[AttentionRecord]:
     model = getattr(unet, "_orig_mod", unet)
     if not isinstance(model, UNet2DConditionModel):
         raise TypeError(f"unet: expected a diffusers UNet2DConditionModel, got {type(model).__name__}")
-    names = _self_attention(model)
-    if not names:
+    layers = _self_attention(model)
+    if not layers:
         raise ValueError("unet: expected self-attention in its down, mid or up blocks, found none")
-    own = model.attn_processors
+    own = {name: attn.get_processor() for name, attn in layers.items()}
     recorder = _RECORDERS.setdefault(model, _Recorder())
+    recording = recorder.prepare(layers, levels=len(model.config.block_out_channels))
     record = AttentionRecord(recorder)
-    model.set_attn_processor({**own, **recorder.prepare(model, names)})
+    _set_processors(layers, recording)
     hooks = (
         model.register_forward_pre_hook(recorder.begin, with_kwargs=True),
         model.register_forward_hook(recorder.end),
@@ -137,8 +138,13 @@ def record_attention(unet: Any) -> Iterator[AttentionRecord]:
     finally:
         for hook in hooks:
             hook.remove()
-        model.set_attn_processor(dict(own))
+        _set_processors(layers, own)
         record._close()
+
+
+def _set_processors(layers: dict[str, Attention], processors: Mapping[str, Any]) -> None:
+    for name, attn in layers.items():
+        attn.set_processor(processors[name])
 
 
 class _Layer(NamedTuple):
@@ -159,14 +165,14 @@ class _Recorder:
         self._latent: Grid = (0, 0)
         self._complete = False
 
-    def prepare(self, unet: UNet2DConditionModel, names: list[str]) -> dict[str, _RecordingProcessor]:
-        """The processors to set, by their keys in the UNet."""
-        for name in names:
-            _check_processor(unet, name)
-        self._processors = {name: self._processors.get(name) or _RecordingProcessor(name) for name in names}
-        for name, processor in self._processors.items():
-            processor.imitate(unet.get_submodule(name), _level(unet, name))
-        return {f"{name}.processor": processor for name, processor in self._processors.items()}
+    def prepare(self, layers: dict[str, Attention], levels: int) -> dict[str, _RecordingProcessor]:
+        """The processors that stand in for those of ``layers``, in a UNet of so many levels."""
+        for name, attn in layers.items():
+            _check_processor(name, attn)
+        self._processors = {name: self._processors.get(name) or _RecordingProcessor(name) for name in layers}
+        for name, attn in layers.items():
+            self._processors[name].imitate(attn, _level(name, levels))
+        return self._processors
 
     def begin(self, module: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.clear()
@@ -287,32 +293,30 @@ class _RecordingProcessor:
         return _Layer(self._name, query, key, self.logsumexp, self._scale, grid)
 
 
-def _self_attention(unet: UNet2DConditionModel) -> list[str]:
-    """Paths of the self-attention modules, in forward order; those of image prompts' encoders are not among them."""
-    names = [name.removesuffix(".processor") for name in unet.attn_processors]
-    return [
-        name
+def _self_attention(unet: UNet2DConditionModel) -> dict[str, Attention]:
+    """The self-attention modules by path, in forward order; those of image prompts' encoders are not among them."""
+    return {
+        name: module
         for part in _PARTS
-        for name in names
-        if name.split(".")[0] == part and not unet.get_submodule(name).is_cross_attention
-    ]
+        if getattr(unet, part) is not None
+        for name, module in getattr(unet, part).named_modules(prefix=part)
+        if isinstance(module, Attention) and not module.is_cross_attention
+    }
 
 
-def _check_processor(unet: UNet2DConditionModel, name: str) -> None:
-    attn = unet.get_submodule(name)
+def _level(name: str, levels: int) -> int:
+    """How often the latent has been halved where the module ``name`` is."""
+    part, index, *_ = name.split(".")
+    if part == "mid_block":
+        return levels - 1
+    return int(index) if part == "down_blocks" else levels - 1 - int(index)
+
+
+def _check_processor(name: str, attn: Attention) -> None:
     processor = attn.get_processor()
     obstacle = _obstacle(attn, processor)
     if obstacle is not None:
         raise ValueError(f"unet: cannot record {name} with its processor {type(processor).__name__}: {obstacle}")
-
-
-def _level(unet: UNet2DConditionModel, name: str) -> int:
-    """How often the latent has been halved where the module ``name`` is."""
-    part, index, *_ = name.split(".")
-    deepest = len(unet.config.block_out_channels) - 1
-    if part == "mid_block":
-        return deepest
-    return int(index) if part == "down_blocks" else deepest - int(index)
 
 
 def _obstacle(attn: Attention, processor: Any) -> str | None:
@@ -336,7 +340,7 @@ def scaled_dot_product_attention(
     """``F.scaled_dot_product_attention`` and, where the operator that it picks returns it, the log-sum-exp.
 
     Fused operators compute the log-sum-exp for their backward pass; the public function drops it. The choice is asked
-    from PyTorch itself, so the output has the same bits.
+    from PyTorch itself, so the output is the same.
 
     Args:
         query, key, value: [B, heads, n, d].

@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-# Read when OpenMP is loaded, so set before torch is: threads that wait sleep instead of spinning, which on a busy machine
-# takes tests of many small steps several times as long.
+# Read when OpenMP is loaded, so set before torch is: threads that wait sleep instead of spinning. On a busy machine
+# tests of many small steps take several times as long with spinning ones.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest

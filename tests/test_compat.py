@@ -173,11 +173,11 @@ def test_first_round_averages_the_maps_near_each_anchor() -> None:
     grid = np.array([[0, 0], [20, 20], [63, 63]])  # three points: no square number
     merged = DiffSeg(1.0, False, 4).mask_merge(0, attns, [0.1], grid=grid)
     assert merged.dtype == np.float64
-    np.testing.assert_allclose(merged, [halves(0.05), halves(0.45), halves(0.45)], rtol=1e-5)
+    np.testing.assert_allclose(merged, [halves(0.05), halves(0.45), halves(0.45)], rtol=1e-4)
     scaled = DiffSeg(1.0, False, 4).mask_merge(0, 1e-28 * attns, [1e-29], grid=grid)
-    np.testing.assert_allclose(scaled, 1e-28 * merged, rtol=1e-5)
+    np.testing.assert_allclose(scaled, 1e-28 * merged, rtol=1e-4)
     alone = DiffSeg(1.0, False, 2).mask_merge(0, 2 * attns, [0.03])  # D is 0.04 now
-    np.testing.assert_allclose(alone, 2 * np.stack([halves(share) for share in (0.05, 0.05, 0.4, 0.5)]), rtol=1e-5)
+    np.testing.assert_allclose(alone, 2 * np.stack([halves(share) for share in (0.05, 0.05, 0.4, 0.5)]), rtol=1e-4)
 
 
 def test_a_map_matches_itself_at_any_threshold() -> None:
