@@ -53,6 +53,10 @@ class _CpuKernels:
         ratios: Sequence[float],
         dtype: torch.dtype,
     ) -> Tensor:
+        for layer, tensors in enumerate(zip(queries, keys, strict=True)):
+            # a score of -inf leaves finite attention behind, which the kernel cannot see
+            if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in tensors):
+                raise ValueError(non_finite_attention(layer))
         if logsumexps is not None:
             logsumexps = [logsumexp.float().contiguous() for logsumexp in logsumexps]
         layers = [

@@ -375,8 +375,8 @@ def test_refused_before_any_work(
     def work(*arguments: Any) -> NoReturn:
         raise AssertionError("work began before all was checked")
 
-    def idle(*arguments: Any) -> Callable[..., NoReturn]:
-        choose(*arguments)
+    def idle(*arguments: Any, **request: Any) -> Callable[..., NoReturn]:
+        choose(*arguments, **request)
         return work
 
     monkeypatch.setattr(backends, "implementation", idle)
