@@ -124,7 +124,7 @@ def test_explicit_anchors(isa, length):
 
 def test_more_anchors_than_the_kernels_serve():
     attention = scene((8, 8)).float()
-    with pytest.raises(ValueError, match="expected at most 1024 anchors .*got 1025"):
+    with pytest.raises(ValueError, match=r"expected at most 1024 anchors .*got 1025"):
         diffseg.merge(attention, anchors=[3] * 1025, backend="cpu")
     assert diffseg.merge(attention, anchors=[3] * 1025).counts.tolist() == [1]
 
