@@ -1,30 +1,26 @@
-// aggregate: A_f[(I, J)] = sum_k R_k normalise(upsample(M_k))[(I h_k // h, J w_k // w)], from queries and keys or from maps.
+// aggregate: A_f[(I, J)] = sum_k R_k normalise(upsample(M_k))[(I h_k // h, J w_k // w)], from queries and keys or maps.
 //
 //   M_k       = sum over heads of softmax(Q_k K_k^T scale_k); the mean's factor drops out in the normalisation
-//   normalise = divide by the sum of the upsampled map: the dot product of M_k's row with fixed column weights, the share
-//               of each cell in the upsampled grid, so that the row need not be upsampled to know it
+//   normalise = divide by the sum of the upsampled map: the dot product of M_k's row with fixed column weights, each
+//               cell's share of the upsampled grid, so that the row need not be upsampled to know it
 //
 // Layers of one grid are summed before they are upsampled. The grids below the output's come first; their sums are kept
 // widened along x ([n_k, h_k, w]), and a row of A_f starts as the blend of these down y, computed where it is needed.
 //
-// Work split, from queries and keys: one task is a block of rows of one layer whose scores E and sum M, [rows, n] each,
-// stay in the second-level cache. For each head the keys stream past in panels of kWide columns, packed once a layer and
-// image; a tile of kTall x kWide scores leaves the registers as exp2(score - reference). The reference is each row's
-// largest score in the first panel: exact enough in floating point unless the row's true maximum lies 2^60 above, which
-// is detected, and then the pass is repeated with the true maximum. E / sum(E) of one head is added to M while the next
-// head's tiles pass by. With log-sum-exps there is no E: the tiles are added to M at once.
-// Work split, from maps: one task is a row of one grid; the heads of all its layers are summed in the first-level cache.
+// Work split, from queries and keys: one task is a block of rows of one layer whose exponentials E and sum M, [rows, n]
+// each, stay in the second-level cache. For each head the keys stream past in panels of kWide columns, packed once a
+// layer and image; a tile of kTall x kWide scores leaves the registers as exp2(score - reference). The reference is
+// each row's largest score in the first panel. Floating point loses nothing by it unless the row's true maximum lies
+// 2^60 above, which is detected, and then the pass is repeated with the true maximum. E / sum(E) of one head is added
+// to M while the next head's tiles pass by. With log-sum-exps there is no E: the tiles are added to M at once.
+// Work split, from maps: one task is a row of one grid; the heads of all its layers are summed in first-level cache.
 //
-// Bytes a full-size layer, from queries and keys: Q and K once, packed K once a block from the last-level cache, A_f read
-// and written once (4 N^2 each; only written by the first layer). From maps: every map once, A_f written once.
-// Workspace: packed keys of one layer, two blocks of about 3/8 MiB a thread, and the sums of the lower grids.
+// Bytes a full-size layer, from queries and keys: Q and K once, packed K once a block from the last-level cache, A_f
+// read and written once (4 N^2 each; only written by the first layer). From maps: every map once, A_f written once.
+// Workspace: packed keys of one layer, E and M of a block (3/4 MiB) a thread, and the sums of the lower grids.
 
 #include <math.h>
 #include <string.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "upsample.h"
 
@@ -36,14 +32,6 @@ constexpr float kSmallest = 1e-30f;
 constexpr float kHeadroom = 60.0f;  // how far, in powers of two, scores may exceed their reference
 constexpr int64_t kBlockBytes = 768 << 10;
 constexpr int64_t kMostRows = 96;
-
-int thread_number() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
 
 // The layers of one grid.
 struct Level {
@@ -166,7 +154,8 @@ struct Scores {
     float padding[kWide];               // 0 for the cells of the last panel, -inf beyond them
 
     Scores(const Layer& from, int64_t item, const float* keys)
-        : layer(from), item(item), cells(from.grid.cells()), panels(panel_count(from)), rows(block_rows(from)), keys(keys) {
+        : layer(from), item(item), cells(from.grid.cells()), panels(panel_count(from)), rows(block_rows(from)),
+          keys(keys) {
         const int64_t listed = cells - (panels - 1) * kWide;
         for (int64_t j = 0; j < kWide; ++j) padding[j] = j < listed ? 0.0f : -INFINITY;
     }
@@ -182,13 +171,14 @@ struct Scores {
     static int64_t packed_keys(const Layer& layer) { return layer.heads * panel_count(layer) * layer.depth * kWide; }
 };
 
-// Columns [first, first + width) of a head, transposed: to[k * width + j] = view[first + j, k] * factor, zeros past the end.
+// Rows [first, first + width) of a head, transposed: to[k * width + j] = view[first + j, k] * factor, 0 past the end.
 void pack(const View& view, int64_t item, int64_t head, int64_t first, int64_t cells, int64_t width, int64_t depth,
           float factor, float* to) {
     const int64_t listed = most<int64_t>(least(width, cells - first), 0);
     typed(view, item * view.batch + head * view.head + first * view.row, [&](const auto* from) {
         for (int64_t k = 0; k < depth; ++k) {
-            for (int64_t j = 0; j < listed; ++j) to[k * width + j] = widen(from[j * view.row + k * view.column]) * factor;
+            for (int64_t j = 0; j < listed; ++j)
+                to[k * width + j] = widen(from[j * view.row + k * view.column]) * factor;
             for (int64_t j = listed; j < width; ++j) to[k * width + j] = 0.0f;
         }
     });
@@ -297,7 +287,8 @@ private:
         store(sums_ + offset + kLanes, load(sums_ + offset + kLanes) + load(exponentials_ + offset + kLanes) * factor);
     }
 
-    inline __attribute__((always_inline)) void score(Vec (&tile)[kTall][2], int64_t row, int64_t panel, const float* keys) const {
+    inline __attribute__((always_inline)) void score(Vec (&tile)[kTall][2], int64_t row, int64_t panel,
+                                                     const float* keys) const {
         static const float zeros[kWide] = {};
         const int64_t depth = scores_.layer.depth;
         const float* right = keys + panel * depth * kWide;

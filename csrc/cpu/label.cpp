@@ -1,6 +1,6 @@
 // label: bilinear upsample of every proposal and argmax, fused.
 //
-//   value_v(y, x) = sum over the four neighbouring cells of their bilinear weight * map_v   (half-pixel centres, clamped)
+//   value_v(y, x) = sum over the four neighbouring cells of its bilinear weight * map_v  (half-pixel centres)
 //   winner(y, x)  = argmax_v value_v(y, x), v < counts; ties go to the lowest v
 //
 // The pixels between the same four cells form a patch. There value_v lies between the least and the largest of the four
@@ -79,8 +79,8 @@ void contest(const Image& image, int64_t top, int64_t bottom, int64_t left, int6
     }
 }
 
-void label(const float* maps, const int32_t* counts, int32_t* winner, int64_t batch, int64_t length, Grid grid, Grid size,
-           int threads) {
+void label(const float* maps, const int32_t* counts, int32_t* winner, int64_t batch, int64_t length, Grid grid,
+           Grid size, int threads) {
     const int64_t width = grid.width;
     Buffer<Tap> down(size.height), across(size.width);
     Buffer<int64_t> rows(grid.height + 1), columns(width + 1);
@@ -115,6 +115,7 @@ void label(const float* maps, const int32_t* counts, int32_t* winner, int64_t ba
         }
         for (int64_t x = 0; x < width; ++x) {
             const int64_t left = columns[x], right = columns[x + 1];
+            if (left == right) continue;
             const int32_t* candidates = list + x * length;
             if (listed[x] != 1) {
                 contest(image, top, bottom, left, right, candidates, listed[x], highest + width);

@@ -1,17 +1,17 @@
 // merge: proposals by symmetric KL divergence.
 //
 //   D(v, f) = 1/2 (H_v + H_f - p_v.l_f - l_v.p_f),   p = max(A, 1e-30), l = log(p N), H = p.l
-//   round 1:  proposal v = mean of the maps f with D(v, f) < tau_1;   later rounds: the same D within the list, a greedy
-//   walk over its bits, and the mean of each group
+//   round 1:       proposal v = mean of the maps f with D(v, f) < tau_1
+//   later rounds:  the same D within the list, a greedy walk over the matches, and the mean of each group
 //
-// Bounds that decide most pairs at 1/8 of the work. Split p and l of each block of 4 x 4 cells into block mean and rest,
+// Bounds that decide most pairs at 1/8 of the work. Split p and l of a block of 4 x 4 cells into its mean and a rest,
 // p = P/16 + r and l = L + s, P the block's sum, L its mean logarithm. The rests sum to zero in a block, so that
 //   p_v.l_f = sum over blocks of P_v L_f + r_v.s_f,   |r_v.s_f| <= sum over blocks of |r_v| |s_f|   (Cauchy-Schwarz),
 // which is D, exact but for a band: |D - 1/2 (H_v + H_f - P_v.L_f - L_v.P_f)| <= 1/2 (|r_v|.|s_f| + |s_v|.|r_f|), two
 // pairs of products over N / 16 blocks. A pair whose band (and the margin of rounding) does not hold tau is decided.
 // A sample of rows says whether the bounds pay; on noise they do not, and are left out.
-// Pairs left open are summed over chunks of the columns. Each chunk's part of D is >= 0, so a pair whose sum has reached
-// tau is dropped.
+// Pairs left open are summed over chunks of the columns. Each chunk's part of D is >= 0, so that a pair whose sum has
+// reached tau is dropped.
 //
 // Work split, round 1: one task is a block of rows f against all anchors. A tile of kLefts x kRights pairs sums both
 // products in vectors along the columns, so that rows and anchors are gathered by pointer and never repacked.
@@ -23,10 +23,6 @@
 
 #include <math.h>
 #include <string.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "simd.h"
 
@@ -82,7 +78,8 @@ bool all_finite(const float* from, int64_t length) {
 class Summaries {
 public:
     explicit Summaries(Grid grid)
-        : blocks(round_up((grid.height + kSide - 1) / kSide * ((grid.width + kSide - 1) / kSide), kLanes)), grid_(grid) {}
+        : blocks(round_up((grid.height + kSide - 1) / kSide * ((grid.width + kSide - 1) / kSide), kLanes)),
+          grid_(grid) {}
 
     int64_t size() const { return 4 * blocks; }
     int64_t scratch() const { return 2 * round_up(grid_.cells(), kLanes) + 4 * grid_.width; }
@@ -205,14 +202,15 @@ void cross(const float* const* lefts, const float* const* rights, int64_t gap, i
 class Comparison {
 public:
     static int64_t floats_needed(const Set& set, int64_t capacity) {
-        return kRowsOfTask * (set.summaries.size() + capacity + 1) + set.summaries.scratch() + round_up(set.cells, kLanes) +
-               kLefts * 2 * kChunk + 64;
+        return kRowsOfTask * (set.summaries.size() + capacity + 1) + set.summaries.scratch() +
+               round_up(set.cells, kLanes) + kLefts * 2 * kChunk + 64;
     }
     static int64_t ints_needed(int64_t capacity) { return kRowsOfTask / kLefts * (capacity + 1); }
 
     Comparison(const Rows& rows, const Set& set, int64_t first, int64_t stride, int64_t count, float threshold,
                float* memory, int32_t* lists, uint8_t* states)
-        : rows_(rows), set_(set), first_(first), stride_(stride), count_(count), threshold_(threshold), states_(states) {
+        : rows_(rows), set_(set), first_(first), stride_(stride), count_(count), threshold_(threshold),
+          states_(states) {
         coarse_ = memory;
         sums_ = coarse_ + kRowsOfTask * set.summaries.size();
         entropies_ = sums_ + kRowsOfTask * set.length;
@@ -503,7 +501,8 @@ void average(const Rows& rows, const uint8_t* near, int64_t count, int64_t lengt
         pack_strip(rows, count, first, strip);
         for (int64_t group = 0; group < members.groups; ++group) {
             const int64_t distinct = members.distinct(group);
-            sum_patterns(strip, members.order(group), members.starts(group), distinct, sums + thread * sums_size, right);
+            sum_patterns(strip, members.order(group), members.starts(group), distinct, sums + thread * sums_size,
+                         right);
             Vec tile[kTall][2];
             multiply(tile, zeros, members.weights(group), distinct, [=](int64_t k) { return right[k]; });
             for (int64_t i = 0; i < least<int64_t>(kTall, length - group * kTall); ++i) {
@@ -518,7 +517,7 @@ void average(const Rows& rows, const uint8_t* near, int64_t count, int64_t lengt
     }
 }
 
-// The greedy walk. Members of group g are members[starts[g]] to members[starts[g + 1] - 1]; returns the number of groups.
+// The greedy walk; returns the number of groups. Group g holds members[starts[g]] to members[starts[g + 1] - 1].
 int64_t walk(const uint8_t* near, int64_t length, bool exclusive, uint8_t* taken, int32_t* members, int64_t* starts) {
     int64_t groups = 0, at = 0;
     memset(taken, 0, length);
@@ -570,8 +569,8 @@ int64_t later_round(const float* maps, int64_t length, Set& set, float threshold
     return groups;
 }
 
-int64_t merge(const View& attention, Grid grid, int64_t batch, const MergeOptions& options, float* maps, int32_t* counts,
-              int threads) {
+int64_t merge(const View& attention, Grid grid, int64_t batch, const MergeOptions& options, float* maps,
+              int32_t* counts, int threads) {
     const int64_t cells = grid.cells(), length = options.length;
     Set set(length, grid);
     Buffer<uint8_t> near(most(cells, length) * length);

@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <new>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -144,7 +148,7 @@ template <class T>
 class Buffer {
 public:
     explicit Buffer(int64_t length)
-        : data_(static_cast<T*>(::operator new(static_cast<size_t>(length + 1) * sizeof(T), std::align_val_t(64)))) {}
+        : data_(static_cast<T*>(::operator new(static_cast<size_t>(length) * sizeof(T), std::align_val_t(64)))) {}
     ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
@@ -153,6 +157,14 @@ public:
 private:
     T* data_;
 };
+
+inline int thread_number() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
 
 inline float from_bits(uint32_t bits) {
     float value;

@@ -1,4 +1,4 @@
-// Every kernel, in the namespace of one instruction set: included once by each of avx512.cpp, avx2.cpp and portable.cpp.
+// Every kernel, in the namespace of one instruction set; for avx512.cpp, avx2.cpp and portable.cpp.
 #include "aggregate.cpp"
 #include "label.cpp"
 #include "merge.cpp"

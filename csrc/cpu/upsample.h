@@ -21,10 +21,4 @@ inline void fill_taps(Tap* taps, int64_t cells, int64_t pixels) {
     for (int64_t pixel = 0; pixel < pixels; ++pixel) taps[pixel] = tap(pixel, cells, pixels);
 }
 
-// out[j] = (1 - weight) * low[j] + weight * high[j]
-inline void blend(float* out, const float* low, const float* high, float weight, int64_t length) {
-    const float rest = 1.0f - weight;
-    for (int64_t j = 0; j < length; ++j) out[j] = rest * low[j] + weight * high[j];
-}
-
 }  // namespace diffseg::DIFFSEG_ISA
