@@ -44,6 +44,7 @@ class Launch(NamedTuple):
 
 class _Recording(NamedTuple):
     generation: str
+    hip: bool
     launches: list[Launch]
 
 
@@ -51,10 +52,10 @@ _recording: _Recording | None = None
 
 
 @contextmanager
-def recording(generation: str) -> Iterator[list[Launch]]:
+def recording(generation: str, *, hip: bool = False) -> Iterator[list[Launch]]:
     """Launches inside are listed instead of run, with the configurations of ``generation``; tensors may be meta."""
     global _recording
-    previous, _recording = _recording, _Recording(generation, [])
+    previous, _recording = _recording, _Recording(generation, hip, [])
     try:
         yield _recording.launches
     finally:
@@ -70,6 +71,12 @@ def generation(device: torch.device) -> str:
     if torch.version.hip is not None:
         return OTHER
     return GENERATIONS.get(torch.cuda.get_device_capability(device), OTHER)
+
+
+def exact_precision() -> str:
+    """How the tensor cores multiply float32: in three tf32 products, or, where there are none, in float32."""
+    hip = torch.version.hip is not None if _recording is None else _recording.hip
+    return "ieee" if hip else "tf32x3"
 
 
 def choose(table: Mapping[str, Config], device: torch.device) -> Config:
@@ -99,7 +106,7 @@ _SLOTS = 16
 _WRITE = Config({}, num_warps=1, num_stages=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", *(f"v{slot}" for slot in range(_SLOTS))])
 def _write_integers(
     out, count, v0: tl.int64, v1: tl.int64, v2: tl.int64, v3: tl.int64, v4: tl.int64, v5: tl.int64, v6: tl.int64,
     v7: tl.int64, v8: tl.int64, v9: tl.int64, v10: tl.int64, v11: tl.int64, v12: tl.int64, v13: tl.int64,

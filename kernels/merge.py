@@ -1,3 +1,4 @@
+# ruff: noqa: N803  (compile-time arguments are in capitals, as is usual in Triton)
 """Merging in Triton: symmetric KL of all pairs as split products, bits, the greedy walk and the means.
 
 D(p, q) = (H_p + H_q - p.log q - log p.q) / 2 over p' = max(p, 1e-30) and log(p' N). Each of p', log(p' N) is split in
@@ -54,7 +55,7 @@ _PROGRAMS = 128  # tiles times parts of the sum over cells: the products of a sh
 def merge(
     attention: Tensor, grid: tuple[int, int], anchors: Sequence[int], thresholds: Sequence[float], rule: str
 ) -> tuple[Tensor, Tensor]:
-    """Proposals ``(maps [B, P, N] float32, counts [B] int32)``, P = len(anchors); as :func:`diffseg.reference.merge`."""
+    """Proposals ``(maps [B, P, N] float32, counts [B] int32)``; as :func:`diffseg.reference.merge`."""
     batch_size, _, _ = attention.shape
     length, device = len(anchors), attention.device
     maps = _first_round(attention, grid, tuple(anchors), thresholds[0])
@@ -277,7 +278,7 @@ def _products_kernel(
         tl.store(map_entropies + (part_index * batches + batch) * rows + f, entropy, mask=f < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _bits_kernel(
     products, entropies, map_entropies, positions, counts, near, length, rows, parts, threshold,
     BLOCK: tl.constexpr,
