@@ -1,0 +1,219 @@
+"""The command line: ``diffseg segment`` and ``diffseg info``."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .backends import BACKENDS, available_backends, explain_backends
+from .ops import RULES
+
+STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4"
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; nothing was written."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, 1 if an image failed, 2 if the request was wrong."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except UsageError as error:
+        print(f"diffseg: {error}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="diffseg", description="Segments images without training, labels or prompts.")
+    parser.add_argument("--version", action="version", version=f"diffseg {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    segment = commands.add_parser("segment", help="segment images", description=_segment.__doc__)
+    segment.set_defaults(command=_segment)
+    segment.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or quoted glob pattern")
+    segment.add_argument("-o", "--output", default="segments", metavar="DIR", help="folder (default: %(default)s)")
+    segment.add_argument("--force", action="store_true", help="overwrite outputs that exist")
+    segment.add_argument(
+        "--model", help=f"a diffusers checkpoint, such as {STABLE_DIFFUSION} (default: the bundled one)"
+    )
+    segment.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    segment.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the network (default: float16 on cuda)"
+    )
+    segment.add_argument("--threshold", type=float, help="merge maps nearer than this (default: the model's own)")
+    segment.add_argument("--anchors", type=int, default=16, help="anchors a side (default: %(default)s)")
+    segment.add_argument("--iterations", type=int, default=3, help="merging rounds (default: %(default)s)")
+    segment.add_argument("--rule", choices=RULES, default="paper", help="merging rule (default: %(default)s)")
+    segment.add_argument("--resolution", type=int, help="longer side when processed (default: the model's own)")
+    segment.add_argument("--refine", action="store_true", help="add k-means refinement")
+    segment.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
+    segment.add_argument("--time", action="store_true", help="print how long each stage took")
+
+    info = commands.add_parser("info", help="print versions, devices and backends", description=_info.__doc__)
+    info.set_defaults(command=_info)
+    return parser
+
+
+def _segment(options: argparse.Namespace) -> int:
+    """Writes NAME_labels.png, whose pixel values are segments, and NAME_overlay.png, with outlines, for each image."""
+    jobs = _plan(_expand(options.images), Path(options.output), force=options.force)
+    if not jobs:
+        return 0
+
+    from tqdm import tqdm
+
+    pipe = _load(options)
+    seconds: dict[str, float] = {}
+    written, failed = [], 0
+    with tqdm(jobs, unit="image", disable=len(jobs) == 1) as progress:
+        for source, labels, overlay in progress:
+            try:
+                count, timings = _segment_one(pipe, source, labels, overlay, options)
+            except (ValueError, OSError) as error:
+                failed += 1
+                progress.write(f"{source}: {error}", file=sys.stderr)
+                continue
+            written.append((overlay, count))
+            for stage, value in timings.items():
+                seconds[stage] = seconds.get(stage, 0.0) + value
+    for overlay, count in written:
+        print(f"{overlay}  {count} segments")
+    if options.time and written:
+        for stage, value in seconds.items():
+            print(f"{stage:>10}  {1000 * value / len(written):8.1f} ms")
+    if failed:
+        print(f"diffseg: {failed} of {len(jobs)} images failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _expand(patterns: Sequence[str]) -> list[Path]:
+    """The files that paths, folders and glob patterns name, in order, each once."""
+    from .images import SUFFIXES
+
+    files: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            found = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES)
+            if not found:
+                raise UsageError(f"{path}: expected a folder with images ({', '.join(SUFFIXES)}), found none")
+        elif path.exists() or not glob.has_magic(pattern):
+            found = [path]
+        else:
+            found = sorted(Path(each) for each in glob.glob(pattern, recursive=True))
+            if not found:
+                raise UsageError(f"{pattern}: no file matches")
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def _plan(sources: Sequence[Path], directory: Path, *, force: bool) -> list[tuple[Path, Path, Path]]:
+    """(source, labels, overlay) of each image to do; those whose outputs exist are left out, and said so."""
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"--output: expected a folder, {directory} is a file")
+    taken: dict[str, Path] = {}
+    jobs = []
+    for source in sources:
+        if source.stem in taken:
+            raise UsageError(f"{taken[source.stem]} and {source} would both write {source.stem}_labels.png")
+        taken[source.stem] = source
+        outputs = (directory / f"{source.stem}_labels.png", directory / f"{source.stem}_overlay.png")
+        existing = [output for output in outputs if output.exists()]
+        if existing and not force:
+            print(f"{source}: kept {', '.join(map(str, existing))} (--force overwrites)", file=sys.stderr)
+        else:
+            jobs.append((source, *outputs))
+    return jobs
+
+
+def _load(options: argparse.Namespace) -> Any:
+    import torch
+
+    from .pipeline import DiffSegPipeline
+    from .tiny import MODEL
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = options.dtype or ("float16" if device.startswith("cuda") else "float32")
+    if options.model is None:
+        print(
+            "using the bundled demonstration model, trained on generated scenes; for photographs, pass "
+            f"--model {STABLE_DIFFUSION}",
+            file=sys.stderr,
+        )
+    try:
+        pipe = DiffSegPipeline.from_pretrained(options.model or MODEL, dtype=getattr(torch, dtype)).to(device)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"--model {options.model}: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _segment_one(pipe: Any, source: Path, labels: Path, overlay: Path, options: argparse.Namespace) -> Any:
+    """Segments one image and writes its outputs, whole or not at all; (segments, seconds by stage)."""
+    from PIL import Image
+
+    from . import images, visualize
+
+    picture = images.to_tensor(source)
+    output = pipe(
+        picture,
+        threshold=options.threshold,
+        anchors=options.anchors,
+        iterations=options.iterations,
+        rule=options.rule,
+        refine=options.refine,
+        processing_resolution=options.resolution,
+        backend=options.backend,
+        time_stages=options.time,
+    )
+    found = output.labels[0]
+    labels.parent.mkdir(parents=True, exist_ok=True)
+    _write(visualize.label_image(found), labels)
+    _write(Image.fromarray(visualize.overlay(images.to_array(picture), found)), overlay)
+    return output.num_segments[0], output.timings
+
+
+def _write(image: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _info(options: argparse.Namespace) -> int:
+    """Prints versions, devices and what each backend can do here."""
+    import torch
+
+    print(f"diffseg {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for package in ("torch", "diffusers", "transformers", "triton"):
+        try:
+            print(f"  {package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"  {package} not installed")
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    print(f"devices ({torch.get_num_threads()} CPU threads)")
+    for device in devices:
+        name = torch.cuda.get_device_name(device) if device != "cpu" else platform.processor() or platform.machine()
+        print(f"  {device}: {name}; backends: {', '.join(available_backends(device))}")
+    print("backends")
+    for backend, state in explain_backends().items():
+        print(f"  {backend}: {state}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

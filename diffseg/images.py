@@ -1,0 +1,115 @@
+"""Anything that a caller may call an image, as float32 RGB [3, H, W] in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+_ACCEPTED = (
+    "a path, a PIL image, an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or a tensor [C, H, W], C = 1, 3, 4"
+)
+
+
+class ImageError(ValueError):
+    """An image that cannot be read or understood."""
+
+
+def as_list(images: Any) -> list[Any]:
+    """One image or several (a list, an array [B, H, W, C] or a tensor [B, C, H, W]) as a list of single ones."""
+    if isinstance(images, (list, tuple)):
+        return list(images)
+    if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
+        return list(images)
+    return [images]
+
+
+def to_tensor(image: Any, name: str = "image") -> Tensor:
+    """``image`` as float32 [3, H, W] in [0, 1], on the CPU, or where the tensor was.
+
+    Files and PIL images of any mode are turned upright by their EXIF orientation; transparent pixels are laid on white;
+    16-bit values are scaled by 65535. Arrays and tensors hold bool, uint8, uint16 or floats in [0, 1].
+    """
+    if isinstance(image, (str, Path)):
+        return _from_pil(_open(image), name)
+    if isinstance(image, Image.Image):
+        return _from_pil(image, name)
+    if isinstance(image, np.ndarray):
+        if image.ndim not in (2, 3):
+            raise ImageError(f"{name}: expected {_ACCEPTED}, got an array of shape {list(image.shape)}")
+        if image.dtype.byteorder == ">":
+            image = image.astype(image.dtype.newbyteorder("="))
+        channels_last = image[..., None] if image.ndim == 2 else image
+        return _from_channels(torch.from_numpy(np.ascontiguousarray(channels_last)).movedim(-1, 0), name)
+    if isinstance(image, Tensor):
+        if image.ndim not in (2, 3):
+            raise ImageError(f"{name}: expected {_ACCEPTED}, got a tensor of shape {list(image.shape)}")
+        return _from_channels(image.detach()[None] if image.ndim == 2 else image.detach(), name)
+    raise TypeError(f"{name}: expected {_ACCEPTED}, got {type(image).__name__}")
+
+
+def _open(path: str | Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path}: expected a readable image, got {error}") from error
+
+
+def _from_pil(image: Image.Image, name: str) -> Tensor:
+    if 0 in image.size:
+        raise ImageError(f"{name}: expected at least one pixel, got {image.width} x {image.height}")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow may also hold as 32-bit integers
+        values = np.asarray(image).astype(np.float32)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError(f"{name}: expected integers from 0 to 65535, got {values.min():.0f} to {values.max():.0f}")
+        return _from_channels(torch.from_numpy(values / 65535)[None], name)
+    if image.mode == "F":
+        return _from_channels(torch.from_numpy(np.array(image))[None], name)
+    transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+    return to_tensor(np.array(image.convert("RGBA" if transparent else "RGB")), name)
+
+
+def _from_channels(image: Tensor, name: str) -> Tensor:
+    channels, height, width = image.shape
+    if channels not in (1, 3, 4) or 0 in image.shape:
+        raise ImageError(f"{name}: expected {_ACCEPTED}, got shape {list(image.shape)}, channels first")
+    if image.dtype in (torch.bool, torch.uint8, torch.uint16):
+        image = image.float() / {torch.bool: 1, torch.uint8: 255, torch.uint16: 65535}[image.dtype]
+    elif image.is_floating_point():
+        image = image.float()
+        low, high = image.aminmax()
+        if not (low >= 0 and high <= 1):
+            raise ImageError(f"{name}: expected floats in [0, 1], got values from {low:.4g} to {high:.4g}")
+    else:
+        raise TypeError(f"{name}: expected bool, uint8, uint16 or floats, got {image.dtype}")
+    if channels == 4:
+        image, alpha = image[:3], image[3:]
+        image = image * alpha + (1 - alpha)
+    return image.expand(3, height, width).contiguous()
+
+
+def resize(image: Tensor, size: Sequence[int]) -> Tensor:
+    """[3, H, W] resized to ``size`` (height, width), bilinear with antialiasing."""
+    if tuple(image.shape[1:]) == tuple(size):
+        return image
+    return F.interpolate(image[None], tuple(size), mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+def to_array(image: Tensor) -> NDArray[np.uint8]:
+    """[3, H, W] in [0, 1] as uint8 [H, W, 3]."""
+    array: NDArray[np.uint8] = (image * 255 + 0.5).to(torch.uint8).movedim(0, -1).cpu().numpy()
+    return array

@@ -1,0 +1,343 @@
+"""DiffSeg as a diffusers pipeline: images in, label maps out."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import BaseOutput
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from . import images as image_io
+from . import ops
+from .capture import record_attention
+from .ops import Grid, Proposals, Rule, Weights
+from .visualize import label_image
+
+DEFAULT_THRESHOLD = 1.0
+"""The paper's value for images in the wild with Stable Diffusion."""
+
+DEFAULT_TIMESTEP = 300
+
+_NOT_NEEDED = ("feature_extractor", "image_encoder", "requires_safety_checker", "safety_checker", "scheduler")
+
+
+@dataclass
+class DiffSegOutput(BaseOutput):  # type: ignore[misc]
+    """What :class:`DiffSegPipeline` returns, one entry an image, in order."""
+
+    labels: list[Any]
+    """Segments 0..S-1 [H, W] at the image's own size: int32 arrays, int32 tensors or PIL images."""
+
+    num_segments: list[int]
+    """S of each image."""
+
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds in each stage, over all images; empty unless ``time_stages``."""
+
+
+class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Segments images from the self-attention of one UNet pass (arXiv 2308.12469).
+
+    Loads Stable Diffusion 1.x and 2.x checkpoints by ``from_pretrained``, takes over the parts of a loaded pipeline by
+    ``from_pipe``, and runs UNets in pixel space, such as the bundled one, without the other three components.
+
+    Args:
+        unet: gives the attention.
+        vae: encodes the image; None: the UNet works on pixels in [-1, 1].
+        text_encoder, tokenizer: give the embedding of the empty prompt; needed with a ``vae``.
+        threshold: the checkpoint's default for the merging threshold tau.
+        timestep: at which the UNet is read; no noise is added.
+    """
+
+    model_cpu_offload_seq = "text_encoder->vae->unet"
+    _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: Union[AutoencoderKL, None] = None,  # noqa: UP007 (diffusers reads these annotations)
+        text_encoder: Union[CLIPTextModel, None] = None,  # noqa: UP007
+        tokenizer: Union[CLIPTokenizer, None] = None,  # noqa: UP007
+        threshold: float = DEFAULT_THRESHOLD,
+        timestep: int = DEFAULT_TIMESTEP,
+    ) -> None:
+        super().__init__()
+        _check_components(unet, vae, text_encoder, tokenizer)
+        self.register_modules(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_to_config(threshold=threshold, timestep=timestep)
+        self._empty_prompt: Tensor | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "DiffSegPipeline":
+        """As ``DiffusionPipeline.from_pretrained``, but reads safetensors only, unless ``use_safetensors`` is given."""
+        kwargs.setdefault("use_safetensors", True)
+        pipe: DiffSegPipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "DiffSegPipeline":
+        """A pipeline on the components of a loaded one, which stay as they are, in their dtype."""
+        kwargs.setdefault("dtype", pipeline.dtype)
+        pipe: DiffSegPipeline = super().from_pipe(pipeline, **kwargs)
+        return pipe
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Leaves out what a generating pipeline has and segmentation does not need."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in _NOT_NEEDED}, **kwargs)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a latent cell, along a side."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of the processed image must be a multiple of, so that every UNet level halves evenly."""
+        return int(self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Any,
+        *,
+        threshold: Union[float, Sequence[float], None] = None,  # noqa: UP007
+        anchors: int = 16,
+        iterations: int = 3,
+        rule: Rule = "paper",
+        weights: Weights = "proportional",
+        refine: bool = False,
+        timestep: Union[int, None] = None,  # noqa: UP007
+        processing_resolution: Union[int, tuple[int, int], None] = None,  # noqa: UP007
+        match_input_resolution: bool = True,
+        batch_size: int = 1,
+        output_type: Literal["np", "pt", "pil"] = "np",
+        return_dict: bool = True,
+        backend: str = "auto",
+        time_stages: bool = False,
+    ) -> Union[DiffSegOutput, tuple[Any, ...]]:  # noqa: UP007
+        """Segments one image or several.
+
+        Args:
+            image: a path, PIL image, array [H, W, C] or tensor [C, H, W] (uint8, uint16, or floats in [0, 1]), or a
+                list of these, of any sizes.
+            threshold: tau of :func:`diffseg.merge`; None: the checkpoint's own.
+            anchors: anchors a side; on a grid whose shorter side is less, that many.
+            iterations, rule, weights, backend: as in :func:`diffseg.merge` and :func:`diffseg.aggregate`.
+            refine: add k-means refinement (:func:`diffseg.refine`).
+            timestep: at which the UNet is read; None: the checkpoint's own, usually 300.
+            processing_resolution: the longer side, in pixels, at which the image is processed, or (height, width);
+                rounded to :attr:`size_multiple`. None: the size the UNet was trained at.
+            match_input_resolution: return labels at the image's own size, else at the processed size.
+            batch_size: images a UNet pass; only images processed at one size share a pass.
+            output_type: ``"np"``, int32 arrays; ``"pt"``, int32 tensors; ``"pil"``, palette images.
+            return_dict: return a :class:`DiffSegOutput`, else its fields as a tuple.
+            time_stages: wait for the device after each stage and report seconds in ``timings``.
+
+        Raises:
+            ValueError, TypeError: on bad input, before any work; ValueError if the attention is not finite.
+        """
+        if output_type not in ("np", "pt", "pil"):
+            raise ValueError(f"output_type: expected 'np', 'pt' or 'pil', got {output_type!r}")
+        ops._check_integer("batch_size", batch_size, 1)
+        timestep = self.config.timestep if timestep is None else timestep
+        ops._check_integer("timestep", timestep, 0)
+        threshold = self.config.threshold if threshold is None else threshold
+        ops._check_thresholds(threshold, iterations)
+        options = {"iterations": iterations, "threshold": threshold, "rule": rule, "backend": backend}
+        given = image_io.as_list(image)
+        if not given:
+            raise ValueError("image: expected at least one image, got an empty list")
+        pictures = [
+            image_io.to_tensor(each, "image" if len(given) == 1 else f"image[{i}]") for i, each in enumerate(given)
+        ]
+        sizes = [self._processed_size((each.shape[1], each.shape[2]), processing_resolution) for each in pictures]
+
+        clock = _StageClock(self._execution_device, enabled=time_stages)
+        labels: dict[int, Tensor] = {}
+        with self.progress_bar(total=len(pictures)) as progress:
+            for batch in _batches(sizes, batch_size):
+                size = sizes[batch[0]]
+                attention, grid = self._attention([pictures[i] for i in batch], size, timestep, weights, backend, clock)
+                with clock("merge"):
+                    proposals = ops.merge(attention, grid=grid, anchors=min(anchors, *grid), **options)
+                if refine:
+                    with clock("refine"):
+                        proposals = ops.refine(attention, proposals)
+                with clock("label"):
+                    finite = attention.sum((1, 2)).isfinite()
+                    targets = [tuple(pictures[i].shape[1:]) if match_input_resolution else size for i in batch]
+                    found = _labels_at_sizes(proposals, targets, backend)
+                    if not bool(finite.all()):
+                        raise ValueError(_overflow([i for i, good in zip(batch, finite, strict=True) if not good]))
+                labels.update(zip(batch, found, strict=True))
+                progress.update(len(batch))
+        self.maybe_free_model_hooks()
+
+        ordered = [labels[i] for i in range(len(pictures))]
+        output = DiffSegOutput(
+            labels=[_converted(each, output_type) for each in ordered],
+            num_segments=[int(each.max()) + 1 for each in ordered],
+            timings=clock.seconds,
+        )
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def attention(
+        self,
+        image: Any,
+        *,
+        timestep: Union[int, None] = None,  # noqa: UP007
+        processing_resolution: Union[int, tuple[int, int], None] = None,  # noqa: UP007
+        weights: Weights = "proportional",
+        backend: str = "auto",
+    ) -> tuple[Tensor, Grid]:
+        """The aggregated attention A_f [1, N, N] of one image and its grid, for :func:`diffseg.merge` and studies.
+
+        Arguments as in :meth:`__call__`.
+        """
+        picture = image_io.to_tensor(image)
+        size = self._processed_size((picture.shape[1], picture.shape[2]), processing_resolution)
+        timestep = self.config.timestep if timestep is None else timestep
+        clock = _StageClock(self._execution_device, enabled=False)
+        found = self._attention([picture], size, timestep, weights, backend, clock)
+        self.maybe_free_model_hooks()
+        return found
+
+    def _attention(
+        self, pictures: list[Tensor], size: Grid, timestep: int, weights: Weights, backend: str, clock: "_StageClock"
+    ) -> tuple[Tensor, Grid]:
+        """A_f [B, N, N] and its grid, from pictures [3, H, W] processed at ``size``."""
+        with clock("preprocess"):
+            pixels = torch.stack([image_io.resize(picture, size) for picture in pictures]) * 2 - 1
+            pixels = pixels.to(self._execution_device, self.unet.dtype)
+        with clock("encode"):
+            latents = pixels
+            if self.vae is not None:
+                latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean * self.vae.config.scaling_factor
+                latents = latents.to(self.unet.dtype)
+            context = self._context(len(pixels)).to(latents)
+        with clock("unet"), record_attention(self.unet) as record:
+            steps = torch.full((len(pixels),), timestep, device=pixels.device)
+            self.unet(latents, steps, encoder_hidden_states=context)
+        with clock("aggregate"):
+            attention = ops.aggregate(
+                record.queries,
+                record.keys,
+                grids=record.grids,
+                scales=record.scales,
+                logsumexps=record.logsumexps,
+                weights=weights,
+                backend=backend,
+            )
+        return attention, ops.output_grid(record.grids)
+
+    def _context(self, batch_size: int) -> Tensor:
+        """The empty prompt's embedding [B, tokens, channels], computed once; zeros for a UNet in pixel space."""
+        if self._empty_prompt is None:
+            if self.text_encoder is None:
+                self._empty_prompt = torch.zeros(1, 1, self.unet.config.cross_attention_dim)
+            else:
+                tokens = self.tokenizer(
+                    "", padding="max_length", max_length=self.tokenizer.model_max_length, return_tensors="pt"
+                )
+                self._empty_prompt = self.text_encoder(tokens.input_ids.to(self._execution_device))[0]
+        return self._empty_prompt.expand(batch_size, -1, -1)
+
+    def _processed_size(self, size: Grid, resolution: Union[int, Sequence[int], None]) -> Grid:  # noqa: UP007
+        """The (height, width) at which an image of ``size`` is processed."""
+        multiple = self.size_multiple
+        if resolution is None:
+            sample_size = self.unet.config.sample_size
+            resolution = (max(sample_size) if isinstance(sample_size, (list, tuple)) else sample_size) * (
+                self.vae_scale_factor
+            )
+        if isinstance(resolution, (list, tuple)):
+            wanted = ops._check_pair("processing_resolution", resolution)
+        else:
+            ops._check_integer("processing_resolution", resolution, 1)
+            wanted = tuple(resolution * side / max(size) for side in size)
+        return tuple(max(1, round(side / multiple)) * multiple for side in wanted)  # type: ignore[return-value]
+
+
+class _StageClock:
+    """Adds up the seconds of named stages; does nothing, and waits for nothing, unless enabled."""
+
+    def __init__(self, device: torch.device, *, enabled: bool) -> None:
+        self.device, self.enabled = device, enabled
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        if not self.enabled:
+            yield
+            return
+        start = self._now()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + self._now() - start
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def _check_components(unet: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
+    config = getattr(unet, "config", None)
+    if config is None or not hasattr(config, "cross_attention_dim"):
+        raise TypeError(f"unet: expected a UNet2DConditionModel, got {type(unet).__name__}")
+    if config.addition_embed_type is not None or config.class_embed_type is not None:
+        raise ValueError(
+            "unet: expected a UNet conditioned on text alone, as in Stable Diffusion 1.x and 2.x, got one with "
+            f"addition_embed_type={config.addition_embed_type!r}, class_embed_type={config.class_embed_type!r} (SDXL "
+            "is served by diffseg.record_attention and diffseg.segment)"
+        )
+    parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+    missing = [name for name, part in parts.items() if part is None]
+    if missing and len(missing) < len(parts):
+        raise ValueError(
+            f"{missing[0]}: expected all of {', '.join(parts)} (latent diffusion) or none (a UNet in pixel space), "
+            f"got no {', no '.join(missing)}"
+        )
+    channels = 3 if vae is None else vae.config.latent_channels
+    if config.in_channels != channels:
+        raise ValueError(
+            f"unet: expected {channels} input channels, {'RGB' if vae is None else 'the latents of the vae'}, got "
+            f"{config.in_channels}: inpainting, depth and upscaling checkpoints are not served"
+        )
+
+
+def _batches(sizes: list[Grid], batch_size: int) -> Iterator[list[int]]:
+    """Indices of images of one size, at most ``batch_size`` at a time, in order of first appearance."""
+    for size in dict.fromkeys(sizes):
+        same = [index for index, each in enumerate(sizes) if each == size]
+        for start in range(0, len(same), batch_size):
+            yield same[start : start + batch_size]
+
+
+def _labels_at_sizes(proposals: Proposals, sizes: list[Any], backend: str) -> list[Tensor]:
+    """Labels 0..S-1 of each image at its own size; one call where all sizes are equal."""
+    maps, counts, grid = proposals
+    whole = len(set(sizes)) == 1
+    parts = [proposals] if whole else [Proposals(maps[i : i + 1], counts[i : i + 1], grid) for i in range(len(sizes))]
+    labelled = [ops.label(part, size, backend=backend) for part, size in zip(parts, sizes, strict=False)]
+    return [each for part in labelled for each in ops.renumber(part, maps.shape[1])]
+
+
+def _overflow(indices: list[int]) -> str:
+    return (
+        f"image {', '.join(map(str, indices))}: expected finite attention, found NaN or infinity; if the weights are "
+        "in float16 the network overflowed: load them with dtype=torch.bfloat16 or torch.float32"
+    )
+
+
+def _converted(labels: Tensor, output_type: str) -> Any:
+    if output_type == "pt":
+        return labels
+    array = labels.cpu().numpy()
+    return label_image(array) if output_type == "pil" else array

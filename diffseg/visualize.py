@@ -1,0 +1,59 @@
+"""Label maps as pictures."""
+
+from __future__ import annotations
+
+import colorsys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+LARGEST_PALETTE = 256
+
+_GOLDEN_RATIO = 0.618033988749895
+
+
+def palette(colours: int) -> NDArray[np.uint8]:
+    """Distinct colours, uint8 [colours, 3]; the first are the same whatever their number."""
+    hues = (0.58 + _GOLDEN_RATIO * np.arange(colours)) % 1
+    values = [colorsys.hsv_to_rgb(hue, (0.75, 0.5, 0.9)[i % 3], (0.95, 0.85, 0.7)[i % 3]) for i, hue in enumerate(hues)]
+    return (np.array(values).reshape(-1, 3) * 255).astype(np.uint8)
+
+
+def label_image(labels: NDArray[np.integer[Any]]) -> Image.Image:
+    """Labels [H, W] as an image whose pixel values are the labels: with a palette up to 256 of them, else 16-bit."""
+    if labels.max() >= LARGEST_PALETTE:
+        return Image.fromarray(labels.astype(np.uint16))
+    image = Image.fromarray(labels.astype(np.uint8))
+    image.putpalette(palette(LARGEST_PALETTE).tobytes())
+    return image
+
+
+def boundaries(labels: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+    """Pixels whose right or lower neighbour has another label, bool [H, W]."""
+    edge = np.zeros(labels.shape, bool)
+    edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    edge[:-1] |= labels[:-1] != labels[1:]
+    return edge
+
+
+def overlay(image: NDArray[np.uint8], labels: NDArray[np.integer[Any]], opacity: float = 0.45) -> NDArray[np.uint8]:
+    """The image [H, W, 3] tinted by segment, with white outlines edged in black, uint8 [H, W, 3]."""
+    colours = palette(int(labels.max()) + 1)[labels]
+    blended = (1 - opacity) * image + opacity * colours
+    line = boundaries(labels)
+    for _ in range(max(1, round(min(labels.shape) / 400)) - 1):
+        line = _grown(line)
+    blended[_grown(line)] = 0
+    blended[line] = 255
+    return (blended + 0.5).astype(np.uint8)
+
+
+def _grown(line: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    grown = line.copy()
+    grown[1:] |= line[:-1]
+    grown[:-1] |= line[1:]
+    grown[:, 1:] |= line[:, :-1]
+    grown[:, :-1] |= line[:, 1:]
+    return grown

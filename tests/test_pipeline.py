@@ -1,0 +1,306 @@
+"""The pipeline on small random checkpoints of the real layouts."""
+
+import logging
+import re
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+import diffseg
+from diffseg import images, testing
+from diffseg.pipeline import DiffSegPipeline
+
+THRESHOLD = 0.05  # the maps of random weights differ little
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return testing.tiny_pipeline("sd1", tmp_path_factory.mktemp("sd1"))
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint):
+    return quiet(DiffSegPipeline.from_pretrained(checkpoint, threshold=THRESHOLD))
+
+
+@pytest.fixture
+def pixel_pipe():
+    unet = testing.tiny_unet("sd1", in_channels=3, out_channels=3, sample_size=32)
+    return quiet(DiffSegPipeline(unet, threshold=THRESHOLD))
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(height=128, width=128, seed=0):
+    """Two halves with noise, so that there is something to find."""
+    rng = np.random.default_rng(seed)
+    image = np.zeros((height, width, 3))
+    image[:, : width // 2] = rng.random(3)
+    image[:, width // 2 :] = rng.random(3)
+    return ((image + 0.1 * rng.random(image.shape)).clip(0, 1) * 255).astype(np.uint8)
+
+
+def test_the_steps_by_hand(pipe):
+    image = picture()
+    pixels = images.to_tensor(image)[None] * 2 - 1
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+        tokens = pipe.tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids
+        context = pipe.text_encoder(tokens)[0]
+        with diffseg.record_attention(pipe.unet) as record:
+            pipe.unet(latents, 300, encoder_hidden_states=context)
+        expected = diffseg.segment(record.queries, record.keys, (128, 128), scales=record.scales, threshold=THRESHOLD)
+    output = pipe(image)
+    assert (output.labels[0] == expected[0].numpy()).mean() >= 0.999
+    assert output.num_segments == [int(expected.max()) + 1]
+    assert output.num_segments[0] > 1
+    assert output.labels[0].dtype == np.int32
+
+
+@pytest.mark.parametrize("layout", ["sd1", "sd2"])
+def test_from_pretrained_and_from_pipe_agree(layout, tmp_path, caplog):
+    directory = testing.tiny_pipeline(layout, tmp_path / "checkpoint")
+    with caplog.at_level(logging.WARNING):
+        loaded = quiet(DiffSegPipeline.from_pretrained(directory, threshold=THRESHOLD))
+        parent = StableDiffusionPipeline.from_pretrained(directory)
+        shared = quiet(DiffSegPipeline.from_pipe(parent, threshold=THRESHOLD))
+    assert not [record for record in caplog.records if "DiffSegPipeline" in record.getMessage()]
+    assert shared.unet is parent.unet
+    assert np.array_equal(loaded(picture()).labels[0], shared(picture()).labels[0])
+
+
+def test_from_pipe_leaves_the_dtype(checkpoint):
+    parent = StableDiffusionPipeline.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    shared = quiet(DiffSegPipeline.from_pipe(parent))
+    assert parent.unet.dtype == shared.unet.dtype == torch.bfloat16
+    assert shared(picture()).labels[0].shape == (128, 128)
+
+
+def test_pickled_weights_only_when_asked_for(checkpoint, tmp_path):
+    StableDiffusionPipeline.from_pretrained(checkpoint).save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(OSError, match="safetensors"):
+        DiffSegPipeline.from_pretrained(tmp_path)
+    assert DiffSegPipeline.from_pretrained(tmp_path, use_safetensors=False).unet is not None
+
+
+def test_a_checkpoint_carries_its_threshold(pixel_pipe, tmp_path):
+    pixel_pipe.register_to_config(threshold=0.07, timestep=200)
+    pixel_pipe.save_pretrained(tmp_path)
+    loaded = quiet(DiffSegPipeline.from_pretrained(tmp_path))
+    assert (loaded.config.threshold, loaded.config.timestep) == (0.07, 200)
+    image = picture(32, 32)
+    assert np.array_equal(loaded(image).labels[0], pixel_pipe(image, threshold=0.07, timestep=200).labels[0])
+    assert loaded(image).num_segments != loaded(image, threshold=100.0).num_segments == [1]
+
+
+def test_default_threshold_is_the_papers(checkpoint):
+    assert DiffSegPipeline.from_pretrained(checkpoint).config.threshold == 1.0
+
+
+def test_a_list_in_order_as_one_by_one(pixel_pipe):
+    given = [picture(32, 48, 1), picture(40, 20, 2), picture(32, 48, 3), picture(32, 48, 4), picture(7, 9, 5)]
+    alone = [pixel_pipe(each).labels[0] for each in given]
+    for batch_size in (1, 2, 8):
+        together = pixel_pipe(given, batch_size=batch_size)
+        assert [each.shape for each in together.labels] == [each.shape[:2] for each in given]
+        for one, other in zip(alone, together.labels, strict=True):
+            assert (one == other).mean() >= 0.999
+
+
+def test_twice_the_same(pixel_pipe):
+    image = picture(32, 48)
+    assert np.array_equal(pixel_pipe(image).labels[0], pixel_pipe(image).labels[0])
+
+
+@pytest.mark.parametrize(
+    ("size", "resolution", "processed"),
+    [
+        ((128, 128), None, (128, 128)),
+        ((100, 200), None, (64, 128)),
+        ((200, 100), None, (128, 64)),
+        ((100, 2000), None, (64, 128)),
+        ((1, 1), None, (128, 128)),
+        ((300, 200), 192, (192, 128)),
+        ((300, 200), 10, (64, 64)),
+        ((300, 200), (64, 192), (64, 192)),
+    ],
+)
+def test_processing_resolution(pipe, size, resolution, processed):
+    options = {"processing_resolution": resolution}
+    assert pipe(picture(*size), **options).labels[0].shape == size
+    assert pipe(picture(*size), **options, match_input_resolution=False).labels[0].shape == processed
+
+
+def test_the_attention_it_merges(pipe):
+    attention, grid = pipe.attention(picture(100, 200))
+    assert grid == (8, 16)
+    assert attention.shape == (1, 128, 128)
+    assert torch.allclose(attention.sum(-1), torch.ones(1, 128), atol=1e-5)
+
+
+def test_every_kind_of_image(pixel_pipe, tmp_path):
+    array = picture(32, 32)
+    Image.fromarray(array).save(tmp_path / "image.png")
+    same = [
+        array,
+        array / 255,
+        Image.fromarray(array),
+        tmp_path / "image.png",
+        str(tmp_path / "image.png"),
+        torch.from_numpy(array).permute(2, 0, 1),
+        torch.from_numpy(array).permute(2, 0, 1)[None],
+        array[None],
+    ]
+    expected = pixel_pipe(array).labels[0]
+    for image in same:
+        output = pixel_pipe(image)
+        assert len(output.labels) == 1
+        assert np.array_equal(output.labels[0], expected)
+
+
+def test_output_types(pixel_pipe):
+    image = picture(32, 48)
+    array = pixel_pipe(image).labels[0]
+    tensor = pixel_pipe(image, output_type="pt").labels[0]
+    assert tensor.dtype == torch.int32
+    assert np.array_equal(tensor.numpy(), array)
+    assert np.array_equal(np.asarray(pixel_pipe(image, output_type="pil").labels[0]), array)
+    labels, num_segments, timings = pixel_pipe(image, return_dict=False)
+    assert np.array_equal(labels[0], array)
+    assert num_segments == [array.max() + 1]
+    assert timings == {}
+
+
+def test_labels_have_no_gaps(pixel_pipe):
+    for threshold in (0.01, 0.05, 0.2):
+        output = pixel_pipe(picture(48, 48), threshold=threshold)
+        assert np.array_equal(np.unique(output.labels[0]), np.arange(output.num_segments[0]))
+
+
+def test_refine_rule_and_weights_reach_the_ops(pixel_pipe, monkeypatch):
+    seen = {}
+    for name in ("aggregate", "merge", "refine", "label"):
+        original = getattr(diffseg.ops, name)
+
+        def spy(*arguments, _name=name, _original=original, **options):
+            seen[_name] = options
+            return _original(*arguments, **options)
+
+        monkeypatch.setattr(diffseg.ops, name, spy)
+    pixel_pipe(
+        picture(32, 32), threshold=[0.1, 0.2], iterations=2, rule="official", weights="per_layer", anchors=7,
+        refine=True, backend="reference",
+    )  # fmt: skip
+    assert seen["aggregate"]["weights"] == "per_layer"
+    assert {name: options["backend"] for name, options in seen.items() if name != "refine"} == dict.fromkeys(
+        ("aggregate", "merge", "label"), "reference"
+    )
+    merge = seen["merge"]
+    assert (merge["threshold"], merge["iterations"], merge["rule"], merge["anchors"]) == ([0.1, 0.2], 2, "official", 7)
+    assert "refine" in seen
+
+
+def test_timings_name_every_stage(pipe):
+    timings = pipe(picture(), refine=True, time_stages=True).timings
+    assert list(timings) == ["preprocess", "encode", "unet", "aggregate", "merge", "refine", "label"]
+    assert min(timings.values()) > 0
+
+
+def test_the_empty_prompt_is_encoded_once(checkpoint, monkeypatch):
+    pipe = quiet(DiffSegPipeline.from_pretrained(checkpoint))
+    calls = []
+    handle = pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    pipe([picture(), picture(seed=1)])
+    pipe(picture())
+    handle.remove()
+    assert len(calls) == 1
+
+
+def test_progress_bar(pixel_pipe, capsys):
+    pixel_pipe.set_progress_bar_config(desc="segmenting")
+    pixel_pipe([picture(32, 32), picture(32, 32)])
+    shown = capsys.readouterr().err
+    assert "segmenting: 100%" in shown
+    assert "2/2" in shown
+    pixel_pipe.set_progress_bar_config(disable=True)
+    pixel_pipe(picture(32, 32))
+    assert capsys.readouterr().err == ""
+
+
+def test_overflow_is_reported_with_what_to_do(pixel_pipe):
+    with torch.no_grad():
+        pixel_pipe.unet.conv_in.weight.fill_(1e38)
+    with pytest.raises(ValueError, match=r"expected finite attention, found NaN or infinity.*bfloat16"):
+        pixel_pipe(picture(32, 32))
+
+
+COMPONENTS = {
+    "no UNet": (lambda p: {"unet": p.vae}, TypeError, "unet: expected a UNet2DConditionModel, got AutoencoderKL"),
+    "SDXL": (lambda p: {"unet": testing.tiny_unet("sdxl")}, ValueError, "addition_embed_type='text_time'"),
+    "inpainting": (
+        lambda p: {
+            "unet": testing.tiny_unet("sd1", in_channels=9),
+            "vae": p.vae,
+            "text_encoder": p.text_encoder,
+            "tokenizer": p.tokenizer,
+        },
+        ValueError,
+        "unet: expected 4 input channels, the latents of the vae, got 9",
+    ),
+    "latents without a VAE": (lambda p: {"unet": p.unet}, ValueError, "unet: expected 3 input channels, RGB, got 4"),
+    "no text encoder": (
+        lambda p: {"unet": p.unet, "vae": p.vae, "tokenizer": p.tokenizer},
+        ValueError,
+        "text_encoder: expected all of vae, text_encoder, tokenizer (latent diffusion) or none",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_wrong_components(pipe, name):
+    components, error, message = COMPONENTS[name]
+    with pytest.raises(error, match=re.escape(message)):
+        DiffSegPipeline(**components(pipe))
+
+
+BAD_CALLS = {
+    "no image": ([], {}, ValueError, "image: expected at least one image, got an empty list"),
+    "second image empty": ([picture(), np.zeros((0, 4, 3))], {}, ValueError, "image[1]: expected"),
+    "not an image": (3.5, {}, TypeError, "image: expected a path, a PIL image"),
+    "floats to 255": (picture() * 1.0, {}, ValueError, "image: expected floats in [0, 1]"),
+    "threshold 0": (picture(), {"threshold": 0.0}, ValueError, "threshold: expected positive numbers, got 0.0"),
+    "threshold NaN": (picture(), {"threshold": float("nan")}, ValueError, "threshold: expected finite"),
+    "two thresholds": (picture(), {"threshold": [1, 2]}, ValueError, "threshold: expected one number, or 3"),
+    "no anchors": (picture(), {"anchors": 0}, ValueError, "anchors: expected at least 1, got 0"),
+    "anchors not an int": (picture(), {"anchors": 2.5}, TypeError, "anchors: expected an int, got float 2.5"),
+    "no iterations": (picture(), {"iterations": 0}, ValueError, "iterations: expected at least 1, got 0"),
+    "rule": (picture(), {"rule": "both"}, ValueError, "rule: expected one of ('paper', 'official'), got 'both'"),
+    "weights": (picture(), {"weights": "equal"}, ValueError, "weights: expected one of"),
+    "backend": (picture(), {"backend": "numpy"}, ValueError, "backend: expected one of 'auto'"),
+    "batch size": (picture(), {"batch_size": 0}, ValueError, "batch_size: expected at least 1, got 0"),
+    "output type": (picture(), {"output_type": "latent"}, ValueError, "output_type: expected 'np', 'pt' or 'pil'"),
+    "timestep": (picture(), {"timestep": -1}, ValueError, "timestep: expected at least 0, got -1"),
+    "resolution": (picture(), {"processing_resolution": 0}, ValueError, "processing_resolution: expected at least 1"),
+    "resolution of three": (picture(), {"processing_resolution": (1, 2, 3)}, TypeError, "processing_resolution: exp"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_calls_are_refused_before_any_work(pipe, name, monkeypatch):
+    image, options, error, message = BAD_CALLS[name]
+    monkeypatch.setattr(pipe.unet, "forward", lambda *_, **__: pytest.fail("the UNet ran"))
+    monkeypatch.setattr(pipe.vae, "encode", lambda *_, **__: pytest.fail("the VAE ran"))
+    with pytest.raises(error, match=re.escape(message)):
+        pipe(image, **options)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (2, 3)])
+def test_small_images(pixel_pipe, size):
+    output = pixel_pipe(picture(*size))
+    assert output.labels[0].shape == size

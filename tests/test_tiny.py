@@ -1,0 +1,82 @@
+"""The bundled model, and that its training can be interrupted and repeated."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import diffseg
+from diffseg.tiny import MODEL, report, train
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = diffseg.DiffSegPipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_bundled_model(pipe):
+    assert sum(path.stat().st_size for path in MODEL.rglob("*")) <= 8 * 2**20
+    with diffseg.record_attention(pipe.unet) as record, torch.no_grad():
+        pipe.unet(torch.zeros(1, 3, 64, 64), 300, encoder_hidden_states=torch.zeros(1, 1, 16))
+    assert sorted(record.grids, reverse=True) == [(64, 64)] * 5 + [(32, 32)] * 5 + [(16, 16)] * 5 + [(8, 8)]
+    assert pipe.config.threshold != diffseg.pipeline.DEFAULT_THRESHOLD
+
+
+def test_it_segments_scenes(pipe):
+    """A few held-out scenes; the table in the README is over 200."""
+    scores = report.report(pipe, 8)
+    accuracy = {name: values[0] for name, values in scores.items()}
+    assert accuracy["DiffSeg"] >= 0.8
+    assert accuracy["DiffSeg"] > accuracy["one segment"] + 0.2
+
+
+def test_choosing_a_threshold(pipe, monkeypatch):
+    monkeypatch.setattr(report, "THRESHOLDS", (1e-4, pipe.config.threshold, 100.0))
+    best, means = report.choose_threshold(pipe, 3)
+    assert best == pipe.config.threshold
+    assert list(means) == [1e-4, pipe.config.threshold, 100.0]
+
+
+def run_training(monkeypatch, output, *, stop_after=None):
+    monkeypatch.setattr(
+        sys, "argv",
+        ["train", "--output", str(output), "--steps", "4", "--batch-size", "2", "--scenes", "3", "--checkpoint-every", "2"],
+    )  # fmt: skip
+    if stop_after is None:
+        train.main()
+        return
+    draw = train.draw_batch
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) > stop_after:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "draw_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.main()
+
+
+def test_training_resumes_to_the_same_weights(monkeypatch, tmp_path):
+    run_training(monkeypatch, tmp_path / "whole")
+    run_training(monkeypatch, tmp_path / "parts", stop_after=3)
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 2
+    run_training(monkeypatch, tmp_path / "parts")
+    whole, parts = (diffseg.DiffSegPipeline.from_pretrained(tmp_path / each / "model") for each in ("whole", "parts"))
+    for (name, one), other in zip(whole.unet.named_parameters(), parts.unet.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    labels = whole(np.zeros((64, 64, 3), np.uint8)).labels[0]
+    assert labels.shape == (64, 64)
+
+
+def test_training_refuses_another_runs_checkpoint(monkeypatch, tmp_path):
+    run_training(monkeypatch, tmp_path, stop_after=2)
+    monkeypatch.setattr(sys, "argv", ["train", "--output", str(tmp_path), "--steps", "9"])
+    with pytest.raises(SystemExit, match="give the same options to go on, or another --output"):
+        train.main()

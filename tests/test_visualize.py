@@ -1,0 +1,35 @@
+import numpy as np
+from PIL import Image
+
+from diffseg import visualize
+
+HALVES = np.repeat([[0, 0, 1, 1]], 4, axis=0).astype(np.int32)
+
+
+def test_label_image_keeps_the_labels(tmp_path):
+    for labels in (HALVES, np.arange(1024, dtype=np.int32).reshape(32, 32)):
+        visualize.label_image(labels).save(tmp_path / "labels.png")
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "labels.png")), labels)
+
+
+def test_palette_is_distinct_and_stable():
+    colours = visualize.palette(64)
+    assert len(np.unique(colours, axis=0)) == 64
+    assert np.array_equal(colours[:5], visualize.palette(5))
+
+
+def test_boundaries():
+    assert np.array_equal(visualize.boundaries(HALVES), np.repeat([[False, True, False, False]], 4, axis=0))
+    assert not visualize.boundaries(np.zeros((3, 3), int)).any()
+
+
+def test_overlay_tints_and_outlines():
+    labels = np.repeat(np.arange(2).repeat(20)[None], 40, axis=0)
+    grey = np.full((40, 40, 3), 128, np.uint8)
+    picture = visualize.overlay(grey, labels)
+    assert picture.dtype == np.uint8
+    assert picture.shape == grey.shape
+    assert (picture[:, 19] == 255).all()
+    assert (picture[:, 18] == 0).all()
+    assert not np.array_equal(picture[20, 5], picture[20, 35])
+    assert np.array_equal(grey, np.full((40, 40, 3), 128))
