@@ -7,6 +7,7 @@ backend that is asked for by name never falls back to another.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -27,22 +28,29 @@ class Backend:
     dtypes: dict[str, tuple[torch.dtype, ...]]  # op -> dtypes of its tensors; an op that is absent is not served
     load: Callable[[], Any]  # the functions, one an op; raises ImportError with the reason where it cannot
     automatic: bool = True
+    limit: Callable[..., str | None] | None = None  # (device, **request) -> what is beyond its range; asked last
 
-    def can_run(self, op: str, device: torch.device, dtype: torch.dtype, *, raise_error: bool = False) -> bool:
-        """Whether ``op`` runs here on tensors of ``dtype`` on ``device``; or raises a ValueError that says why not."""
-        reason = self._obstacle(op, device, dtype)
+    def can_run(
+        self, op: str, device: torch.device, dtype: torch.dtype, *, raise_error: bool = False, **request: Any
+    ) -> bool:
+        """Whether ``op`` runs here on tensors of ``dtype`` on ``device``; or raises a ValueError that says why not.
+
+        ``request`` is what else an implementation may limit: ``anchors``, their number; ``width``, the channels of a
+        head; ``storage``, the dtype of A_f. What is left out is taken to be within the limits.
+        """
+        reason = self._obstacle(op, device, dtype, request)
         if reason is not None and raise_error:
             raise ValueError(f"backend={self.name!r} cannot run {op} here: {reason}")
         return reason is None
 
-    def _obstacle(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    def _obstacle(self, op: str, device: torch.device, dtype: torch.dtype, request: dict[str, Any]) -> str | None:
         if op not in self.dtypes:
             return f"it serves {', '.join(self.dtypes)} only"
         if self.device_types and device.type not in self.device_types:
             return f"expected tensors on {' or '.join(self.device_types)}, got {device}"
         if dtype not in self.dtypes[op]:
             return f"expected {' or '.join(str(known) for known in self.dtypes[op])}, got {dtype}"
-        return self.unavailable()
+        return self.unavailable() or (self.limit(device, **request) if self.limit else None)
 
     def unavailable(self) -> str | None:
         """Why this backend cannot be loaded on this machine; None where it can."""
@@ -61,6 +69,43 @@ def _load_cpu() -> SimpleNamespace:
     return importlib.import_module("diffseg.native").cpu()
 
 
+def _load_triton() -> SimpleNamespace:
+    try:
+        import triton
+    except ImportError as error:
+        raise ImportError(f"Triton is not installed ({error}): pip install 'diffseg[triton]'") from error
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2):
+        raise ImportError(f"expected Triton 3.2 or later, found {triton.__version__}")
+    if not torch.cuda.is_available() and not _TRITON_INTERPRETED:
+        raise ImportError("no CUDA or ROCm GPU is visible")
+    modules = {name: importlib.import_module(f"diffseg.kernels.{name}") for name in ("aggregate", "merge", "label")}
+    return SimpleNamespace(
+        aggregate=modules["aggregate"].aggregate,
+        aggregate_maps=modules["aggregate"].aggregate_maps,
+        merge=modules["merge"].merge,
+        label=modules["label"].label,
+    )
+
+
+def _triton_limit(
+    device: torch.device, *, anchors: int = 1, width: int = 1, storage: torch.dtype = torch.float32
+) -> str | None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"expected a GPU of capability 8.0 or more, got {major}.{minor}"
+    if storage == torch.float64:
+        return "it stores torch.float32 or torch.bfloat16, got dtype=torch.float64"
+    if anchors > _TRITON_ANCHORS:
+        return f"expected at most {_TRITON_ANCHORS} anchors (32 a side), got {anchors}"
+    if width > _TRITON_WIDTH:
+        return f"expected heads of at most {_TRITON_WIDTH} channels, got {width}"
+    return None
+
+
+_TRITON_ANCHORS = 1024
+_TRITON_WIDTH = 256
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it: when it is imported
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 BACKENDS = {
@@ -72,6 +117,19 @@ BACKENDS = {
             device_types=("cpu",),
             dtypes={"label": (torch.float32,)},
             load=_load_cpu,
+        ),
+        Backend(
+            name="triton",
+            summary="Triton kernels" + (", interpreted" if _TRITON_INTERPRETED else ""),
+            device_types=("cuda", "cpu") if _TRITON_INTERPRETED else ("cuda",),
+            dtypes={
+                **dict.fromkeys(("aggregate", "aggregate_maps"), _FLOATS[:3]),
+                "merge": (torch.float32, torch.bfloat16),
+                "label": (torch.float32,),
+            },
+            load=_load_triton,
+            automatic=not _TRITON_INTERPRETED,  # interpreting is for tests
+            limit=_triton_limit,
         ),
         Backend(
             name="reference",
@@ -91,14 +149,17 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
 
 
-def implementation(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
-    """The function that serves ``op``: of the backend named, else of the first one that can."""
+def implementation(
+    backend: str, op: str, device: torch.device, dtype: torch.dtype, **request: Any
+) -> Callable[..., Any]:
+    """The function that serves ``op``: of the backend named, else of the first one that can; see ``can_run``."""
     check_name(backend)
     if backend != "auto":
         chosen = BACKENDS[backend]
-        chosen.can_run(op, device, dtype, raise_error=True)
+        chosen.can_run(op, device, dtype, raise_error=True, **request)
     else:
-        chosen = next(each for each in BACKENDS.values() if each.automatic and each.can_run(op, device, dtype))
+        able = (each for each in BACKENDS.values() if each.automatic and each.can_run(op, device, dtype, **request))
+        chosen = next(able)
     function: Callable[..., Any] = getattr(chosen.load(), op)
     return function
 

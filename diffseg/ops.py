@@ -90,7 +90,8 @@ def aggregate(
                 )
     _check_storage_dtype("dtype", dtype)
     ratios = resolve_weights(weights, grids)
-    run = backends.implementation(backend, "aggregate", first.device, first.dtype)
+    width = max(query.shape[3] for query in queries)
+    run = backends.implementation(backend, "aggregate", first.device, first.dtype, width=width, storage=dtype)
     attention: Tensor = run(list(queries), list(keys), grids, scales, logsumexps, ratios, dtype)
     return attention
 
@@ -122,7 +123,7 @@ def aggregate_maps(
     grids = _check_grids(grids, [layer.shape[2] for layer in layers])
     _check_storage_dtype("dtype", dtype)
     ratios = resolve_weights(weights, grids)
-    run = backends.implementation(backend, "aggregate_maps", layers[0].device, layers[0].dtype)
+    run = backends.implementation(backend, "aggregate_maps", layers[0].device, layers[0].dtype, storage=dtype)
     attention: Tensor = run(layers, grids, ratios, dtype)
     return attention
 
@@ -162,7 +163,7 @@ def merge(
     thresholds = _check_thresholds(threshold, iterations)
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {RULES}, got {rule!r}")
-    run = backends.implementation(backend, "merge", attention.device, attention.dtype)
+    run = backends.implementation(backend, "merge", attention.device, attention.dtype, anchors=len(positions))
     maps, counts = run(attention, grid, positions, thresholds, rule)
     return Proposals(maps, counts, grid)
 

@@ -73,6 +73,7 @@ class Compiled(NamedTuple):
     registers: int | None
     spilled: int | None  # bytes of local memory a thread
     shared: int
+    assembly: str
 
 
 def record(network: Network, dtype: torch.dtype, logsumexps: bool, target: Target) -> list[launch.Launch]:
@@ -121,7 +122,8 @@ def compile_launches(launches: Sequence[launch.Launch], target: Target) -> Itera
         compiled = triton.compile(source, target=target.gpu, options=config.options())
         registers, spilled = _resources(compiled, target)
         tile = {name: arguments[name] for name in _SIZES if name in arguments}
-        yield Compiled(kernel.__name__, tile, config, registers, spilled, compiled.metadata.shared)
+        assembly = compiled.asm["amdgcn" if target.gpu.backend == "hip" else "ptx"]
+        yield Compiled(kernel.__name__, tile, config, registers, spilled, compiled.metadata.shared, assembly)
 
 
 _SIZES = (
@@ -198,9 +200,7 @@ def report(targets: Sequence[str], networks: Sequence[str], dtypes: Sequence[tor
         for each in compile_launches(launches, target):
             tile = " ".join(f"{key.removeprefix('BLOCK_')}={value}" for key, value in each.tile.items())
             line = f"{name:8}{each.name:24}{tile:44}{each.config.num_warps:6}{each.config.num_stages:7}"
-            print(
-                f"{line}{each.registers or '?':>10}{each.spilled if each.spilled is not None else '?':>8}{each.shared:8}"
-            )
+            print(f"{line}{each.registers!s:>10}{each.spilled!s:>8}{each.shared:8}")
             if each.spilled or each.shared > target.shared_limit:
                 wrong.append(f"{name} {each.name} {tile}: {each.spilled} bytes spilled, {each.shared} bytes shared")
     return wrong

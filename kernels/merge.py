@@ -1,11 +1,12 @@
 # ruff: noqa: N803  (compile-time arguments are in capitals, as is usual in Triton)
 """Merging in Triton: symmetric KL of all pairs as split products, bits, the greedy walk and the means.
 
-D(p, q) = (H_p + H_q - p.log q - log p.q) / 2 over p' = max(p, 1e-30) and log(p' N). Each of p', log(p' N) is split in
-two bfloat16 terms (high + low, 16 bits) and three of the four products are summed in float32. The entropies H are sums
-of the same three products of the same terms, so that the error of a term, relative 2^-18, multiplies log p - log q
-instead of log p, and a map is at distance 0 of itself. Tensor cores truncate when they accumulate: partial products are
-summed over one block of cells only, and the blocks by float32 additions.
+D(p, q) = (H_p + H_q - p.log q - log p.q) / 2 over p' = max(p, 1e-30) and log(p' N). Each of 4096 p' and log(p' N) is
+split in two float16 terms (high + low, 22 bits; what falls below 7e-12 of p' is lost, which D does not feel; entries up
+to 15 are in range) and three of the four products are summed in float32. The entropies H are sums of the same three
+products of the same terms, so that errors largely cancel between similar maps, and a map is at distance 0 of itself.
+Tensor cores truncate when they accumulate: partial products are summed over one block of cells only, and the blocks by
+float32 additions. Means keep the range of float32: their operands are split in two bfloat16 terms.
 
 A round is five launches: terms of the list, products, bits, (from round 2) the walk, means. Nothing waits for the
 device, no sum is atomic, and of size [anchors, N] there are the terms, the products and the bits.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isqrt
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,9 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import OTHER, Config, choose, dot, integers_on_device, launch
-
-LARGEST_LIST = 1024
-"""Anchors that the walk's one program serves."""
 
 _TERMS = {
     "interpreter": Config({"BLOCK": 64}, num_warps=1, num_stages=1),
@@ -93,16 +92,36 @@ def _positions(grid: tuple[int, int], anchors: tuple[int, ...], device: torch.de
     return positions
 
 
+class _Products(NamedTuple):
+    """What D is made of: 8192 D = entropies + sum of map_entropies - sum of products, the sums over parts."""
+
+    entropies: Tensor  # [B, P]
+    map_entropies: Tensor  # [parts, B, F]
+    products: Tensor  # [parts, B, P, F], p.log f + log p.f
+
+
 def _near(elements: Tensor, maps: Tensor, positions: Tensor | None, counts: Tensor | None, threshold: float) -> Tensor:
     """int8 [B, P, F]: whether element p (row positions[p] of ``elements``) is nearer than ``threshold`` to map f.
 
     With ``counts`` both lists end there, and bits past the end are 0.
     """
+    pairs = _all_pairs(elements, maps, positions)
+    parts, batch_size, length, rows = pairs.products.shape
+    near = torch.empty(batch_size, length, rows, dtype=torch.int8, device=maps.device)
+    config = choose(_BITS, maps.device)
+    launch(
+        _bits_kernel, (triton.cdiv(rows, config.blocks["BLOCK"]), length, batch_size), config, maps.device,
+        **pairs._asdict(), positions=positions, counts=counts, near=near,
+        length=length, rows=rows, parts=parts, threshold=threshold,
+    )  # fmt: skip
+    return near
+
+
+def _all_pairs(elements: Tensor, maps: Tensor, positions: Tensor | None) -> _Products:
     batch_size, rows, cells = maps.shape
     length = elements.shape[1] if positions is None else len(positions)
     device = maps.device
-
-    terms = torch.empty(4, batch_size, length, cells, dtype=torch.bfloat16, device=device)
+    terms = torch.empty(4, batch_size, length, cells, dtype=torch.float16, device=device)
     entropies = torch.empty(batch_size, length, dtype=torch.float32, device=device)
     launch(
         _terms_kernel, (length, batch_size), choose(_TERMS, device), device,
@@ -123,15 +142,7 @@ def _near(elements: Tensor, maps: Tensor, positions: Tensor | None, counts: Tens
         length=length, rows=rows, cells=cells, part=part,
         stride_b=maps.stride(0), stride_r=maps.stride(1), stride_c=maps.stride(2),
     )  # fmt: skip
-
-    near = torch.empty(batch_size, length, rows, dtype=torch.int8, device=device)
-    config = choose(_BITS, device)
-    launch(
-        _bits_kernel, (triton.cdiv(rows, config.blocks["BLOCK"]), length, batch_size), config, device,
-        products=products, entropies=entropies, map_entropies=map_entropies, positions=positions, counts=counts,
-        near=near, length=length, rows=rows, parts=parts, threshold=threshold,
-    )  # fmt: skip
-    return near
+    return _Products(entropies, map_entropies, products)
 
 
 def _walk(near: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,10 +194,19 @@ def _clamp(p):
 
 
 @triton.jit
-def _split(x):
-    """x in two bfloat16 terms: together 16 bits of it."""
-    high = x.to(tl.bfloat16)
-    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+def _split(x, TERM: tl.constexpr):
+    """x in two terms of dtype ``TERM``."""
+    high = x.to(TERM)
+    return high, (x - high.to(tl.float32)).to(TERM)
+
+
+@triton.jit
+def _product_terms(value, cells):
+    """4096 p' and log(p' N), each in two float16 terms."""
+    p = _clamp(value.to(tl.float32))
+    p_high, p_low = _split(p * 4096.0, tl.float16)
+    log_high, log_low = _split(tl.log(p * cells), tl.float16)
+    return p_high, p_low, log_high, log_low
 
 
 @triton.jit
@@ -200,7 +220,7 @@ def _pointwise(p_high, p_low, log_high, log_low):
 def _terms_kernel(
     elements, positions, terms, entropies, length, cells, stride_b, stride_r, stride_c, BLOCK: tl.constexpr
 ):
-    """Terms of p' and log(p' N), bfloat16 [4, B, P, N], and entropies [B, P], of rows ``positions`` of ``elements``.
+    """Terms of 4096 p' and log(p' N), float16 [4, B, P, N], and entropies [B, P] of rows ``positions``.
 
     Grid (P, B): a program an element. Bytes: 4 N read and 8 N written; logarithms: N, each an element.
     """
@@ -216,9 +236,8 @@ def _terms_kernel(
     for start in range(0, cells, BLOCK):
         cell = start + tl.arange(0, BLOCK)
         inside = cell < cells
-        p = _clamp(tl.load(source + cell.to(tl.int64) * stride_c, mask=inside, other=1.0).to(tl.float32))
-        p_high, p_low = _split(p)
-        log_high, log_low = _split(tl.log(p * cells))
+        value = tl.load(source + cell.to(tl.int64) * stride_c, mask=inside, other=1.0)
+        p_high, p_low, log_high, log_low = _product_terms(value, cells)
         tl.store(target + cell, p_high, mask=inside)
         tl.store(target + plane + cell, p_low, mask=inside)
         tl.store(target + 2 * plane + cell, log_high, mask=inside)
@@ -236,7 +255,7 @@ def _products_kernel(
 
     Grid (tiles of P x F, parts, B); the tiles of one block of maps are neighbours, so that it is read from memory once.
     At SD 1.4 (P = 256, F = N = 4096): reads A_f (64 MB) and the terms, writes 2 x 4 MB; 6 products of 8.6 GFLOP in
-    bfloat16; 34 M logarithms (17 M distinct ones).
+    float16; 34 M logarithms (17 M distinct ones).
     """
     tiles = tl.cdiv(length, BLOCK_P)
     tile_p = tl.program_id(0) % tiles
@@ -255,10 +274,8 @@ def _products_kernel(
     for start in range(first, tl.minimum(first + part, cells), BLOCK_N):
         cell = (start + tl.arange(0, BLOCK_N))[None, :]
         inside = cell < cells
-        value = tl.load(source + cell.to(tl.int64) * stride_c, mask=mapped & inside, other=1.0).to(tl.float32)
-        value = _clamp(value)
-        f_high, f_low = _split(value)
-        log_high, log_low = _split(tl.log(value * cells))
+        value = tl.load(source + cell.to(tl.int64) * stride_c, mask=mapped & inside, other=1.0)
+        f_high, f_low, log_high, log_low = _product_terms(value, cells)
         entropy += tl.sum(tl.where(inside, _pointwise(f_high, f_low, log_high, log_low), 0.0), 1)
         p_high = tl.load(term + cell, mask=listed & inside, other=0.0)
         p_low = tl.load(term + plane + cell, mask=listed & inside, other=0.0)
@@ -300,7 +317,7 @@ def _bits_kernel(
     own = element.to(tl.int64)
     if positions is not None:
         own = tl.load(positions + element)
-    bit = (tl.load(entropies + batch * length + element) + entropy - cross) * 0.5 < threshold
+    bit = (tl.load(entropies + batch * length + element) + entropy - cross) * (0.5 / 4096) < threshold
     bit = bit | (f == own)
     if counts is not None:
         count = tl.load(counts + batch)
@@ -382,7 +399,7 @@ def _means_kernel(
         value = tl.load(
             source + f.to(tl.int64)[:, None] * stride_r, mask=(f[:, None] < rows) & (cell[None, :] < cells), other=0.0
         )
-        high, low = _split(value.to(tl.float32))
+        high, low = _split(value.to(tl.float32), tl.bfloat16)
         member = bits.to(tl.float32)
         size += tl.sum(member, 1)
         member = member.to(tl.bfloat16)
