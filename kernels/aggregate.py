@@ -307,7 +307,7 @@ def _sum_rows(
         stride_mb=first.stride(0) // unit, stride_mh=first.stride(1) // unit, stride_mq=first.stride(2) // unit,
         stride_mk=first.stride(3),
         **_upsampling(staged, table, output, full and not accumulate), ACCUMULATE=accumulate,
-        UNIT=unit, LAYERS=triton.next_power_of_2(len(group.layers)),
+        UNIT=unit, LAYERS=triton.next_power_of_2(len(group.layers)), SINGLE=cells <= block,
     )  # fmt: skip
 
 
@@ -512,7 +512,8 @@ def _mass(total, weights, column, cells):
 def _rows_kernel(
     table, first, weights, out, stride_ob, layers, heads, cells, stride_mb, stride_mh, stride_mq, stride_mk,
     staged, grids, stride_sb, height, width,
-    GRIDS: tl.constexpr, ACCUMULATE: tl.constexpr, UNIT: tl.constexpr, LAYERS: tl.constexpr, BLOCK: tl.constexpr,
+    GRIDS: tl.constexpr, ACCUMULATE: tl.constexpr, UNIT: tl.constexpr, LAYERS: tl.constexpr, SINGLE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row of sum over layers of ratio normalise(sum over heads of the map), plus the upsampled grids.
 
@@ -522,10 +523,9 @@ def _rows_kernel(
     index = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) + tl.zeros([1], tl.int32)
-    single = cells <= BLOCK
     slot = tl.arange(0, LAYERS)
     masses = tl.full([LAYERS], 1.0, tl.float32)
-    if not single:
+    if not SINGLE:
         for layer in range(layers):
             base, _, _, _, _ = _layer(table, layer, first, UNIT)
             mass = tl.zeros([], tl.float32)
@@ -563,7 +563,7 @@ def _rows_kernel(
                 BLOCK,
             )
             mass = tl.sum(tl.where(slot == layer, masses, 0.0), 0)
-            if single:
+            if SINGLE:
                 mass = _mass(part, weights, column, cells)
             total += part * (ratio / tl.where(mass < 1e-30, 1e-30, mass))
         if GRIDS > 0:

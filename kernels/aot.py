@@ -76,7 +76,9 @@ class Compiled(NamedTuple):
     assembly: str
 
 
-def record(network: Network, dtype: torch.dtype, logsumexps: bool, target: Target) -> list[launch.Launch]:
+def record(
+    network: Network, dtype: torch.dtype, logsumexps: bool, target: Target, *, anchors: int = 16
+) -> list[launch.Launch]:
     """The launches of the whole stage, queries and keys to labels, on one image."""
     queries: list[Tensor] = []
     grids: list[Grid] = []
@@ -87,12 +89,12 @@ def record(network: Network, dtype: torch.dtype, logsumexps: bool, target: Targe
     rows = [torch.empty(query.shape[:3], device="meta") for query in queries] if logsumexps else None
     scales = [query.shape[3] ** -0.5 for query in queries]
     output = max(grids)
-    anchors = ops.anchor_indices(output, min(16, *output))
+    positions = ops.anchor_indices(output, anchors)
     with launch.recording(target.generation, hip=target.gpu.backend == "hip") as launches:
         attention = aggregate.aggregate(
             queries, queries, grids, scales, rows, [1 / len(grids)] * len(grids), torch.float32
         )
-        maps, counts = merge.merge(attention, output, anchors, [1.0, 1.0], "paper")
+        maps, counts = merge.merge(attention, output, positions, [1.0, 1.0], "paper")
         label.label(maps, counts, output, network.size)
     return launches
 
@@ -195,7 +197,7 @@ def report(targets: Sequence[str], networks: Sequence[str], dtypes: Sequence[tor
         for network in networks:
             for dtype in dtypes:
                 launches += record(NETWORKS[network], dtype, True, target)
-                launches += record(NETWORKS[network], dtype, False, target)
+                launches += record(NETWORKS[network], dtype, False, target, anchors=32)
                 launches += record_maps(NETWORKS[network], dtype, target)
         for each in compile_launches(launches, target):
             tile = " ".join(f"{key.removeprefix('BLOCK_')}={value}" for key, value in each.tile.items())

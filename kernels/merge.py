@@ -47,7 +47,6 @@ _MEANS = {
     "sm_100": Config({"BLOCK_P": 128, "BLOCK_N": 64, "BLOCK_F": 64}, num_warps=4, num_stages=3),
     OTHER: Config({"BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_F": 32}, num_warps=4, num_stages=2),
 }
-_WALK = {OTHER: Config({}, num_warps=4, num_stages=1)}
 _PROGRAMS = 128  # tiles times parts of the sum over cells: the products of a short list are split to fill the GPU
 
 
@@ -151,10 +150,11 @@ def _walk(near: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     heads = torch.empty(batch_size, length, dtype=torch.int32, device=near.device)
     owners = torch.empty_like(heads)
     merged = torch.empty_like(counts)
+    padded = max(32, triton.next_power_of_2(length))
+    config = Config({"LENGTH": padded}, num_warps=max(4, padded // 64), num_stages=1)
     launch(
-        _walk_kernel, (batch_size,), choose(_WALK, near.device), near.device,
+        _walk_kernel, (batch_size,), config, near.device,
         near=near, counts=counts, heads=heads, owners=owners, merged=merged, length=length,
-        LENGTH=max(32, triton.next_power_of_2(length)),
     )  # fmt: skip
     return heads, owners, merged
 
