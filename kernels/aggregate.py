@@ -28,30 +28,30 @@ from .sampling import taps
 
 Grid = tuple[int, int]
 
-_TILES = {  # of A_f: two programs share a multiprocessor
+_TILES = {  # of A_f
     "interpreter": Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=1, num_stages=1),
-    "sm_80": Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3),
+    "sm_80": Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
     "sm_90": Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=3),
     "sm_100": Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=3),
-    OTHER: Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2),
+    OTHER: Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=2),
 }
 _SMALL_TILES = {  # of the low-resolution sums, which are few, and of heads too wide for a large tile
     "interpreter": Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=1, num_stages=1),
-    "sm_80": Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
-    "sm_90": Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
-    "sm_100": Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
+    "sm_80": Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=3),
+    "sm_90": Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=3),
+    "sm_100": Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=3),
     OTHER: Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=1),
 }
 _WIDE_TILES = {  # float32 operands
     "interpreter": Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=1, num_stages=1),
-    "sm_80": Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=2),
-    "sm_90": Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=2),
-    "sm_100": Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=2),
-    OTHER: Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1),
+    "sm_80": Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=2),
+    "sm_90": Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2),
+    "sm_100": Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2),
+    OTHER: Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1),
 }
 _LARGEST_LARGE_TILE_WIDTH = 96
 _MANY_CELLS = 1024  # beyond this a map has large tiles enough to fill the GPU
-_LARGEST_ROW = 16384  # cells of a row of maps that one program holds: such rows are read once, longer ones twice
+_LARGEST_ROW = 4096  # cells of a row of maps that one program holds: such rows are read once, longer ones twice
 _WORDS = 4  # of a layer in the table: three addresses, and the scale and the offset of its exponent
 _GRID_WORDS = 3  # of a low-resolution grid in the table: its offset in the buffer, height and width
 
@@ -218,7 +218,7 @@ def _products(
         "stride_qb": q[0] // unit, "stride_qh": q[1] // unit, "stride_qn": q[2] // unit, "stride_qd": q[3],
         "stride_kb": k[0] // unit, "stride_kh": k[1] // unit, "stride_kn": k[2] // unit, "stride_kd": k[3],
         "stride_rb": r[0], "stride_rh": r[1], "stride_rn": r[2],
-        "WIDTH": width, "HEAD": head, "TAIL": tail, "UNIT": unit,
+        "WIDTH": width, "HEAD": head, "TAIL": tail, "CHUNK": 32 if query.dtype == torch.float32 else 128, "UNIT": unit,
         "PRECISION": exact_precision() if query.dtype == torch.float32 else None,
     }  # fmt: skip
 
@@ -299,7 +299,7 @@ def _sum_rows(
     weights = None if full else _upsampling_weights(group.grid, output, out.device)
     unit = _unit([maps[layer] for layer in group.layers])
     block = min(triton.next_power_of_2(cells), _LARGEST_ROW)
-    config = Config({"BLOCK": block}, num_warps=min(16, max(1, block // 512)), num_stages=1)
+    config = Config({"BLOCK": block}, num_warps=max(1, block // 256), num_stages=1)
     launch(
         _rows_kernel, (cells, batch_size), config, out.device,
         table=table[group.table :], first=first, weights=weights,
@@ -357,17 +357,22 @@ def _operand(
 @triton.jit
 def _scores(
     query, key, row, column, cells, stride_qn, stride_qd, stride_kn, stride_kd, UNIT: tl.constexpr, WIDTH: tl.constexpr,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Q K^T of a tile. The width is cut in two powers of two, so that 40 channels cost 48 and not 64."""
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    q = _operand(query, row, cells, stride_qn, stride_qd, UNIT, 0, HEAD, WIDTH)
-    k = _operand(key, column, cells, stride_kn, stride_kd, UNIT, 0, HEAD, WIDTH)
-    scores = dot(q, k.T, scores, PRECISION)
-    if TAIL > 0:
-        q = _operand(query, row, cells, stride_qn, stride_qd, UNIT, HEAD, TAIL, WIDTH)
-        k = _operand(key, column, cells, stride_kn, stride_kd, UNIT, HEAD, TAIL, WIDTH)
+    size: tl.constexpr = min(HEAD, CHUNK)
+    for start in tl.static_range(0, HEAD, size):
+        q = _operand(query, row, cells, stride_qn, stride_qd, UNIT, start, size, WIDTH)
+        k = _operand(key, column, cells, stride_kn, stride_kd, UNIT, start, size, WIDTH)
         scores = dot(q, k.T, scores, PRECISION)
+    if TAIL > 0:
+        rest: tl.constexpr = min(TAIL, CHUNK)
+        for start in tl.static_range(HEAD, HEAD + TAIL, rest):
+            q = _operand(query, row, cells, stride_qn, stride_qd, UNIT, start, rest, WIDTH)
+            k = _operand(key, column, cells, stride_kn, stride_kd, UNIT, start, rest, WIDTH)
+            scores = dot(q, k.T, scores, PRECISION)
     return scores
 
 
@@ -377,7 +382,7 @@ def _upsampled(
 ):
     """A tile of the sum over low-resolution grids: columns upsampled bilinearly, rows repeated."""
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    inside = (row[:, None] < cells) & (column[None, :] < cells)
+    row, column = tl.minimum(row, cells - 1), tl.minimum(column, cells - 1)
     for grid in range(GRIDS):
         word = grids + grid * 3
         small_height, small_width = tl.load(word + 1).to(tl.int32), tl.load(word + 2).to(tl.int32)
@@ -387,13 +392,13 @@ def _upsampled(
         source = staged + tl.load(word) + small_row.to(tl.int64)[:, None] * (small_height * small_width)
         top, bottom = top * small_width, bottom * small_width
         weight = ((1.0 - down) * (1.0 - across))[None, :]
-        total += weight * tl.load(source + (top + left)[None, :], mask=inside, other=0.0)
+        total += weight * tl.load(source + (top + left)[None, :])
         weight = ((1.0 - down) * across)[None, :]
-        total += weight * tl.load(source + (top + right)[None, :], mask=inside, other=0.0)
+        total += weight * tl.load(source + (top + right)[None, :])
         weight = (down * (1.0 - across))[None, :]
-        total += weight * tl.load(source + (bottom + left)[None, :], mask=inside, other=0.0)
+        total += weight * tl.load(source + (bottom + left)[None, :])
         weight = (down * across)[None, :]
-        total += weight * tl.load(source + (bottom + right)[None, :], mask=inside, other=0.0)
+        total += weight * tl.load(source + (bottom + right)[None, :])
     return total
 
 
@@ -402,8 +407,8 @@ def _logsumexps_kernel(
     table, weights, masses, batch_size, query, row, heads, cells,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_qd, stride_kd,
     stride_rb, stride_rh, stride_rn,
-    WIDTH: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """log sum exp of each row of scores, and, with ``weights``, the weighted sum of its softmax: one online pass.
 
@@ -423,7 +428,7 @@ def _logsumexps_kernel(
         column = start + tl.arange(0, BLOCK_N)
         scores = _scores(
             q, k, index, column, cells, stride_qn, stride_qd, stride_kn, stride_kd,
-            UNIT, WIDTH, HEAD, TAIL, PRECISION, BLOCK_M, BLOCK_N,
+            UNIT, WIDTH, HEAD, TAIL, CHUNK, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         scores = tl.where(column[None, :] < cells, scores * scale, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
@@ -448,8 +453,8 @@ def _tiles_kernel(
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_qd, stride_kd,
     stride_rb, stride_rh, stride_rn,
     GRIDS: tl.constexpr, ACCUMULATE: tl.constexpr,
-    WIDTH: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of sum over layers and heads of 2 ** (q.k scale - logsumexp / ln 2 + offset), plus the upsampled grids.
 
@@ -461,6 +466,15 @@ def _tiles_kernel(
     column = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
     batch = tl.program_id(1).to(tl.int64)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if GRIDS > 0:
+        # Column by column of four, and before the loop: the taps hold an address an element, and spill beside scores.
+        base = staged + batch * stride_sb
+        quad = tl.program_id(0) % columns * BLOCK_N + 4 * tl.arange(0, BLOCK_N // 4)
+        first = _upsampled(base, grids, index, quad, cells, height, width, GRIDS, BLOCK_M, BLOCK_N // 4)
+        second = _upsampled(base, grids, index, quad + 1, cells, height, width, GRIDS, BLOCK_M, BLOCK_N // 4)
+        third = _upsampled(base, grids, index, quad + 2, cells, height, width, GRIDS, BLOCK_M, BLOCK_N // 4)
+        fourth = _upsampled(base, grids, index, quad + 3, cells, height, width, GRIDS, BLOCK_M, BLOCK_N // 4)
+        total = tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
     for layer in range(layers):
         q, k, row_address, scale, offset = _layer(table, layer, query, UNIT)
         q += batch * stride_qb * UNIT
@@ -470,16 +484,12 @@ def _tiles_kernel(
             logsumexp = tl.load(source, mask=index < cells, other=0.0)
             scores = _scores(
                 q, k, index, column, cells, stride_qn, stride_qd, stride_kn, stride_kd,
-                UNIT, WIDTH, HEAD, TAIL, PRECISION, BLOCK_M, BLOCK_N,
+                UNIT, WIDTH, HEAD, TAIL, CHUNK, PRECISION, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             total += tl.exp2(scores * scale - (logsumexp * 1.4426950408889634 - offset)[:, None])
             q += stride_qh * UNIT
             k += stride_kh * UNIT
             source += stride_rh
-    if GRIDS > 0:
-        total += _upsampled(
-            staged + batch * stride_sb, grids, index, column, cells, height, width, GRIDS, BLOCK_M, BLOCK_N
-        )
     target = out + batch * stride_ob + index.to(tl.int64)[:, None] * cells + column[None, :]
     inside = (index[:, None] < cells) & (column[None, :] < cells)
     if ACCUMULATE:

@@ -71,7 +71,7 @@ class Compiled(NamedTuple):
     tile: dict[str, Any]  # the compile-time arguments that say how large
     config: launch.Config
     registers: int | None
-    spilled: int | None  # bytes of local memory a thread
+    spilled: int | None  # bytes of stack a thread: registers that did not fit
     shared: int
     assembly: str
 
@@ -179,7 +179,7 @@ def _resources(compiled: Any, target: Target) -> tuple[int | None, int | None]:
         file.write(compiled.asm["cubin"])
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return _number(r"REG:(\d+)", text), _number(r"LOCAL:(\d+)", text)
+    return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)
 
 
 def _number(pattern: str, text: str) -> int | None:

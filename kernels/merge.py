@@ -31,10 +31,10 @@ _TERMS = {
 }
 _PRODUCTS = {
     "interpreter": Config({"BLOCK_P": 16, "BLOCK_F": 16, "BLOCK_N": 32}, num_warps=1, num_stages=1),
-    "sm_80": Config({"BLOCK_P": 128, "BLOCK_F": 64, "BLOCK_N": 32}, num_warps=8, num_stages=3),
+    "sm_80": Config({"BLOCK_P": 128, "BLOCK_F": 64, "BLOCK_N": 16}, num_warps=8, num_stages=3),
     "sm_90": Config({"BLOCK_P": 128, "BLOCK_F": 128, "BLOCK_N": 32}, num_warps=8, num_stages=3),
     "sm_100": Config({"BLOCK_P": 128, "BLOCK_F": 128, "BLOCK_N": 32}, num_warps=8, num_stages=3),
-    OTHER: Config({"BLOCK_P": 64, "BLOCK_F": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2),
+    OTHER: Config({"BLOCK_P": 64, "BLOCK_F": 64, "BLOCK_N": 16}, num_warps=4, num_stages=2),
 }
 _BITS = {
     "interpreter": Config({"BLOCK": 64}, num_warps=1, num_stages=1),
@@ -42,10 +42,10 @@ _BITS = {
 }
 _MEANS = {
     "interpreter": Config({"BLOCK_P": 16, "BLOCK_N": 16, "BLOCK_F": 32}, num_warps=1, num_stages=1),
-    "sm_80": Config({"BLOCK_P": 128, "BLOCK_N": 64, "BLOCK_F": 32}, num_warps=4, num_stages=3),
-    "sm_90": Config({"BLOCK_P": 128, "BLOCK_N": 64, "BLOCK_F": 64}, num_warps=4, num_stages=3),
-    "sm_100": Config({"BLOCK_P": 128, "BLOCK_N": 64, "BLOCK_F": 64}, num_warps=4, num_stages=3),
-    OTHER: Config({"BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_F": 32}, num_warps=4, num_stages=2),
+    "sm_80": Config({"BLOCK_P": 128, "BLOCK_N": 64, "BLOCK_F": 32}, num_warps=8, num_stages=3),
+    "sm_90": Config({"BLOCK_P": 128, "BLOCK_N": 64, "BLOCK_F": 64}, num_warps=8, num_stages=3),
+    "sm_100": Config({"BLOCK_P": 128, "BLOCK_N": 64, "BLOCK_F": 64}, num_warps=8, num_stages=3),
+    OTHER: Config({"BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_F": 32}, num_warps=8, num_stages=2),
 }
 _PROGRAMS = 128  # tiles times parts of the sum over cells: the products of a short list are split to fill the GPU
 

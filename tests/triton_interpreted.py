@@ -130,9 +130,9 @@ class TestAggregateMaps:
     @pytest.mark.parametrize(
         ("dtype", "grids", "longest"),
         [
-            (torch.float32, DIVISIBLE, 16384),
-            (torch.float16, INDIVISIBLE, 16384),
-            (torch.bfloat16, [(4, 4), (2, 2)], 16384),
+            (torch.float32, DIVISIBLE, 4096),
+            (torch.float16, INDIVISIBLE, 4096),
+            (torch.bfloat16, [(4, 4), (2, 2)], 4096),
             (torch.float32, [(4, 5), (3, 3), (4, 5)], 8),  # rows in blocks
         ],
     )
