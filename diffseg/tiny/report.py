@@ -25,7 +25,7 @@ from ..pipeline import DiffSegPipeline
 from . import MODEL
 from .scenes import REPORT_SEEDS, THRESHOLD_SEEDS, scene
 
-TIMESTEPS = (20, 50, 100, 200, 300)
+TIMESTEPS = (10, 30, 100, 300)
 THRESHOLDS = tuple(round(0.005 * 1.25**step, 4) for step in range(26))  # 0.005 to 1.3
 SCENES = 200
 
