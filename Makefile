@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 # One environment serves both installs; each stamp says which of them it holds.
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint aot clean
 
 # -P keeps the checkout's folders (kernels/ above all) from hiding installed packages.
 demo: $(VENV)/installed
@@ -20,6 +20,10 @@ lint: $(VENV)/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every Triton kernel for every target, without a GPU; fails where one spills.
+aot: $(VENV)/tested
+	$(BIN)/python -P -m diffseg.kernels.aot
 
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard diffseg/*.py diffseg/*/*.py kernels/*.py)
 	$(PYTHON) -m venv $(VENV)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from . import compat
     from .capture import AttentionRecord, record_attention
     from .pipeline import DiffSegOutput, DiffSegPipeline
+    from .preparation import warmup
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "record_attention",
     "refine",
     "segment",
+    "warmup",
 ]
 
 _LAZY = {
@@ -42,6 +44,7 @@ _LAZY = {
     "DiffSegPipeline": "pipeline",
     "compat": "compat",
     "record_attention": "capture",
+    "warmup": "preparation",
 }
 
 

@@ -7,6 +7,7 @@ backend that is asked for by name never falls back to another.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -68,20 +69,49 @@ def _load_cpu() -> SimpleNamespace:
     return importlib.import_module("diffseg.native").cpu()
 
 
-def _cpu_limit(
+def _kernel_limit(
     device: torch.device, *, anchors: int = 1, width: int = 1, storage: torch.dtype = torch.float32
 ) -> str | None:
+    """What every kernel leaves to the reference."""
     if storage == torch.float64:
-        return _NO_FLOAT64
-    return _too_many(anchors)
+        return "it stores torch.float32 or torch.bfloat16, got dtype=torch.float64"
+    if anchors > _MOST_ANCHORS:
+        return f"expected at most {_MOST_ANCHORS} anchors (32 a side), got {anchors}"
+    return None
 
 
-def _too_many(anchors: int) -> str | None:
-    return f"expected at most {_MOST_ANCHORS} anchors (32 a side), got {anchors}" if anchors > _MOST_ANCHORS else None
+def _load_triton() -> SimpleNamespace:
+    try:
+        import triton
+    except ImportError as error:
+        raise ImportError(f"Triton is not installed ({error}): pip install 'diffseg[triton]'") from error
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2):
+        raise ImportError(f"expected Triton 3.2 or later, found {triton.__version__}")
+    if not torch.cuda.is_available() and not _TRITON_INTERPRETED:
+        raise ImportError("no CUDA or ROCm GPU is visible")
+    modules = {name: importlib.import_module(f"diffseg.kernels.{name}") for name in ("aggregate", "merge", "label")}
+    return SimpleNamespace(
+        aggregate=modules["aggregate"].aggregate,
+        aggregate_maps=modules["aggregate"].aggregate_maps,
+        merge=modules["merge"].merge,
+        label=modules["label"].label,
+    )
+
+
+def _triton_limit(
+    device: torch.device, *, anchors: int = 1, width: int = 1, storage: torch.dtype = torch.float32
+) -> str | None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"expected a GPU of capability 8.0 or more, got {major}.{minor}"
+    if width > _TRITON_WIDTH:
+        return f"expected heads of at most {_TRITON_WIDTH} channels, got {width}"
+    return _kernel_limit(device, anchors=anchors, storage=storage)
 
 
 _MOST_ANCHORS = 1024
-_NO_FLOAT64 = "it stores torch.float32 or torch.bfloat16, got dtype=torch.float64"
+_TRITON_WIDTH = 256
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it: when it is imported
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -98,7 +128,20 @@ BACKENDS = {
                 "label": (torch.float32,),
             },
             load=_load_cpu,
-            limit=_cpu_limit,
+            limit=_kernel_limit,
+        ),
+        Backend(
+            name="triton",
+            summary="Triton kernels" + (", interpreted" if _TRITON_INTERPRETED else ""),
+            device_types=("cuda", "cpu") if _TRITON_INTERPRETED else ("cuda",),
+            dtypes={
+                **dict.fromkeys(("aggregate", "aggregate_maps"), _FLOATS[:3]),
+                "merge": (torch.float32, torch.bfloat16),
+                "label": (torch.float32,),
+            },
+            load=_load_triton,
+            automatic=False,  # by name only, until measurements on a GPU are committed
+            limit=_triton_limit,
         ),
         Backend(
             name="reference",

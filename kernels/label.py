@@ -1,0 +1,64 @@
+# ruff: noqa: N803  (compile-time arguments are in capitals, as is usual in Triton)
+"""Labels in Triton: bilinear upsample of the proposals and argmax in one pass; [P, H, W] never exists."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import OTHER, Config, choose, launch
+from .sampling import taps
+
+_PIXELS = {
+    "interpreter": Config({"BLOCK": 64}, num_warps=1, num_stages=1),
+    OTHER: Config({"BLOCK": 256}, num_warps=4, num_stages=1),
+}
+
+
+def label(maps: Tensor, counts: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The winning proposal of each pixel, int32 [B, H, W]; as :func:`diffseg.reference.label`."""
+    batch_size = maps.shape[0]
+    winner = torch.empty(batch_size, *size, dtype=torch.int32, device=maps.device)
+    config = choose(_PIXELS, maps.device)
+    launch(
+        _label_kernel, (triton.cdiv(size[0] * size[1], config.blocks["BLOCK"]), batch_size), config, maps.device,
+        maps=maps, counts=counts, winner=winner, stride_b=maps.stride(0), stride_p=maps.stride(1),
+        stride_n=maps.stride(2), rows=grid[0], columns=grid[1], height=size[0], width=size[1],
+    )  # fmt: skip
+    return winner
+
+
+@triton.jit
+def _label_kernel(
+    maps, counts, winner, stride_b, stride_p, stride_n, rows, columns, height, width, BLOCK: tl.constexpr
+):
+    """argmax over p < count of the bilinear interpolation of map p at each pixel; ties go to the lowest p.
+
+    Grid (blocks of pixels, B): the four cells and weights of a pixel are found once, the count is read on the device.
+    At SD 1.4: 4 H W count reads from the first-level cache (a map is 16 KB), H W x 4 bytes written.
+    """
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    batch = tl.program_id(1).to(tl.int64)
+    inside = pixel < height * width
+    top, bottom, down = taps(pixel // width, rows, height)
+    left, right, across = taps(pixel % width, columns, width)
+    source = maps + batch * stride_b
+    top_left = (top * columns + left).to(tl.int64) * stride_n
+    top_right = (top * columns + right).to(tl.int64) * stride_n
+    bottom_left = (bottom * columns + left).to(tl.int64) * stride_n
+    bottom_right = (bottom * columns + right).to(tl.int64) * stride_n
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    index = tl.zeros([BLOCK], tl.int32)
+    for proposal in range(tl.load(counts + batch)):
+        upper = (1.0 - across) * tl.load(source + top_left, mask=inside, other=0.0).to(tl.float32)
+        upper += across * tl.load(source + top_right, mask=inside, other=0.0).to(tl.float32)
+        lower = (1.0 - across) * tl.load(source + bottom_left, mask=inside, other=0.0).to(tl.float32)
+        lower += across * tl.load(source + bottom_right, mask=inside, other=0.0).to(tl.float32)
+        value = (1.0 - down) * upper + down * lower
+        better = value > best
+        best = tl.where(better, value, best)
+        index = tl.where(better, proposal, index)
+        source += stride_p
+    tl.store(winner + batch * height * width + pixel, index, mask=inside)

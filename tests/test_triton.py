@@ -1,0 +1,53 @@
+"""The Triton backend where there is no GPU: its kernels interpreted, and life without Triton."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str, **environment: str) -> str:
+    """Output of a Python process in the checkout; fails with it where the process does."""
+    result = subprocess.run(
+        [sys.executable, "-P", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-8000:]
+    return result.stdout
+
+
+def test_kernels_under_the_interpreter() -> None:
+    """A process of its own: TRITON_INTERPRET holds for a whole process, and the ahead-of-time tests need a compiler."""
+    pytest.importorskip("triton")
+    output = run("-m", "pytest", "-q", "tests/triton_interpreted.py", TRITON_INTERPRET="1")
+    assert " passed" in output
+    assert "skipped" not in output
+
+
+def test_import_does_not_load_triton() -> None:
+    run("-c", "import sys, diffseg; diffseg.explain_backends; assert 'diffseg.kernels' not in sys.modules")
+
+
+def test_without_triton_all_else_works() -> None:
+    output = run(
+        "-c",
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, diffseg\n"
+        "assert 'triton' not in diffseg.available_backends()\n"
+        "proposals = diffseg.merge(torch.rand(1, 16, 16).softmax(-1), anchors=2)\n"
+        "print(diffseg.explain_backends()['triton'])\n"
+        "try: diffseg.label(proposals, (8, 8), backend='triton')\n"
+        "except ValueError as error: print(error)\n",
+    )
+    assert "cannot run: Triton is not installed" in output
+    assert "backend='triton' cannot run label here" in output

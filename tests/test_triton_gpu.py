@@ -1,0 +1,244 @@
+"""The Triton backend on a GPU, at the shapes of Stable Diffusion 1.4, 2.1 and XL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import diffseg
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif("triton" not in diffseg.available_backends("cuda"), reason="the Triton backend cannot run here"),
+]
+
+NETWORKS = {  # (number, grid, heads, channels a head) of the self-attention layers, and the image's size
+    "SD 1.4": (((5, 64, 8, 40), (5, 32, 8, 80), (5, 16, 8, 160), (1, 8, 8, 160)), 512),
+    "SD 2.1": (((5, 96, 5, 64), (5, 48, 10, 64), (5, 24, 20, 64), (1, 12, 20, 64)), 768),
+    "SDXL": (((10, 64, 10, 64), (60, 32, 20, 64)), 1024),
+}
+
+
+class Scene(NamedTuple):
+    """What a forward pass hands over, on the GPU, laid out as projections are."""
+
+    queries: list[Tensor]
+    keys: list[Tensor]
+    grids: list[tuple[int, int]]
+    logsumexps: list[Tensor]
+    size: tuple[int, int]
+
+
+def make_scene(network: str, *, batch: int = 1, dtype: torch.dtype = torch.float16, seed: int = 0) -> Scene:
+    """Layers that look at one scene of regions: cells of a region attend to each other, more so where they are near."""
+    layers, side = NETWORKS[network]
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    centres = torch.rand(batch, 12, 2, generator=generator, device="cuda")
+    queries, keys, grids, logsumexps = [], [], [], []
+    for number, cells, heads, channels in layers:
+        line = (torch.arange(cells, device="cuda") + 0.5) / cells
+        points = torch.cartesian_prod(line, line).expand(batch, -1, -1)
+        region = torch.cdist(points, centres).argmin(-1)
+        for _ in range(number):
+            features = 1.2 * randn(batch, 12, heads, channels)
+            shared = features.gather(1, region[:, :, None, None].expand(-1, -1, heads, channels))
+            shared = shared + (points @ randn(2, channels))[:, :, None]
+            query, key = ((shared + 0.3 * randn(*shared.shape)).to(dtype).transpose(1, 2) for _ in range(2))
+            queries.append(query)
+            keys.append(key)
+            grids.append((cells, cells))
+            logsumexps.append(logsumexp(query, key))
+    return Scene(queries, keys, grids, logsumexps, (side, side))
+
+
+def logsumexp(query: Tensor, key: Tensor) -> Tensor:
+    """[B, heads, n] float32, one head at a time."""
+    rows = [
+        (query[:, head].double() @ key[:, head].double().mT * query.shape[-1] ** -0.5).logsumexp(-1)
+        for head in range(query.shape[1])
+    ]
+    return torch.stack(rows, 1).float()
+
+
+def aggregate(scene: Scene, backend: str, *, given: bool = True, **options: Any) -> Tensor:
+    return diffseg.aggregate(
+        scene.queries, scene.keys, grids=scene.grids, logsumexps=scene.logsumexps if given else None,
+        backend=backend, **options,
+    )  # fmt: skip
+
+
+def segment(scene: Scene, backend: str = "triton", **options: Any) -> Tensor:
+    return diffseg.segment(
+        scene.queries, scene.keys, scene.size, grids=scene.grids, logsumexps=scene.logsumexps, backend=backend,
+        **options,
+    )  # fmt: skip
+
+
+def oracle(scene: Scene) -> Tensor:
+    """A_f in float64."""
+    return diffseg.aggregate(
+        [query.double() for query in scene.queries], [key.double() for key in scene.keys], grids=scene.grids,
+        dtype=torch.float64, backend="reference",
+    )  # fmt: skip
+
+
+def distances(first: Tensor, second: Tensor) -> Tensor:
+    """D in float64, [P, N] and [F, N] -> [P, F]."""
+    first, second = first.double().clamp_min(1e-30), second.double().clamp_min(1e-30)
+    log_first, log_second = first.log(), second.log()
+    entropies = (first * log_first).sum(-1)[:, None] + (second * log_second).sum(-1)
+    return (entropies - first @ log_second.T - log_first @ second.T) / 2
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever waits for the device inside is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["logsumexps", "computed"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_aggregate_meets_the_contract(network: str, dtype: torch.dtype, given: bool) -> None:
+    scene = make_scene(network, dtype=dtype)
+    found = aggregate(scene, "triton", given=given)
+    expected = oracle(scene)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
+    assert (found.double().sum(-1) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_aggregate_maps_meets_the_contract(dtype: torch.dtype) -> None:
+    grids = [(64, 64), (32, 32), (64, 64), (24, 40), (8, 8)]
+    maps = [torch.rand(2, 4, h * w, h * w, device="cuda").to(dtype) for h, w in grids]
+    found = diffseg.aggregate_maps(maps, grids=grids, backend="triton")
+    expected = diffseg.aggregate_maps(
+        [layer.double() for layer in maps], grids=grids, dtype=torch.float64, backend="reference"
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_first_round_decides_as_the_oracle_outside_the_band(network: str) -> None:
+    attention = aggregate(make_scene(network), "triton")
+    cells = attention.shape[1]
+    found = diffseg.merge(attention, iterations=1, backend="triton")
+    anchors = list(diffseg.ops.anchor_indices(found.grid, 16))
+    exact = distances(attention[0, anchors], attention[0])
+    near = exact < 1.0
+    near[torch.arange(len(anchors)), anchors] = True
+    expected = near.double() @ attention[0].double() / near.sum(-1, keepdim=True)
+    band = (exact - 1.0).abs() < 1e-3
+    sure = ~band.any(-1)
+    assert sure.float().mean() > 0.25, "too few anchors without a pair in the band: the test would show little"
+    torch.testing.assert_close(found.maps[0, sure].double(), expected[sure], rtol=1e-4, atol=1e-9)
+    # a flip moves a mean by no more than the share of the maps in the band
+    share = band.sum(-1) / near.sum(-1)
+    assert ((found.maps[0].double() - expected).abs().sum(-1) <= 2.1 * share + 1e-4).all()
+    assert cells == found.maps.shape[2]
+
+
+@pytest.mark.parametrize("rule", ["paper", "official"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_labels_agree_with_the_oracle(network: str, rule: Any) -> None:
+    scene = make_scene(network)
+    expected = oracle(scene)
+    proposals = diffseg.merge(expected, rule=rule, backend="reference")
+    labels = diffseg.ops.renumber(diffseg.label(proposals, scene.size, backend="reference"), proposals.maps.shape[1])
+    assert labels.max() > 2
+    assert (segment(scene, rule=rule) == labels).float().mean() >= 0.999
+
+
+def test_a_batch_equals_its_images() -> None:
+    scene = make_scene("SD 1.4", batch=3)
+    together = segment(scene)
+    for item in range(3):
+        alone = Scene(
+            *([tensor[item : item + 1] for tensor in tensors] for tensors in (scene.queries, scene.keys)),
+            scene.grids, [rows[item : item + 1] for rows in scene.logsumexps], scene.size,
+        )  # fmt: skip
+        assert torch.equal(together[item], segment(alone)[0])
+
+
+def test_same_bits_again() -> None:
+    scene = make_scene("SD 1.4")
+    first, second = (aggregate(scene, "triton", given=False) for _ in range(2))
+    assert torch.equal(first, second)
+    one, other = (diffseg.merge(first, backend="triton") for _ in range(2))
+    assert torch.equal(one.maps, other.maps)
+    assert torch.equal(one.counts, other.counts)
+
+
+@pytest.mark.parametrize("anchors", [16, list(range(0, 4096, 17))], ids=["evenly spaced", "given"])
+def test_the_stage_never_waits_and_can_be_recorded(anchors: Any) -> None:
+    scene, other = make_scene("SD 1.4"), make_scene("SD 1.4", seed=1)
+    segment(scene, anchors=anchors)  # compiles
+    with no_waiting():
+        eager = segment(scene, anchors=anchors)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = segment(scene, anchors=anchors)
+    graph.replay()
+    assert torch.equal(recorded, eager)
+    expected = segment(other, anchors=anchors)
+    for name in ("queries", "keys", "logsumexps"):
+        for tensor, replacement in zip(getattr(scene, name), getattr(other, name), strict=True):
+            tensor.copy_(replacement)
+    graph.replay()
+    assert torch.equal(recorded, expected)
+
+
+def test_memory_beyond_the_attention_is_small() -> None:
+    scene = make_scene("SD 1.4")
+    segment(scene)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    segment(scene)
+    attention = 4096 * 4096 * 4
+    assert torch.cuda.max_memory_allocated() - before - attention < 32 * 2**20
+
+
+def test_offsets_beyond_32_bits() -> None:
+    cells, batch = 4096, 130  # 130 x 4096 x 4096 > 2 ** 31
+    free, _ = torch.cuda.mem_get_info()
+    if free < 16 * 2**30:
+        pytest.skip("needs 16 GB of free memory")
+    one = torch.rand(1, cells, cells, device="cuda").square_().bfloat16()
+    found = diffseg.aggregate_maps([one.expand(batch, -1, -1)], dtype=torch.bfloat16, backend="triton")
+    assert torch.equal(found[-1], found[0])
+    options = {"anchors": 4, "threshold": 0.3, "iterations": 2, "backend": "triton"}
+    last = diffseg.merge(found, **options)
+    assert torch.equal(last.maps[-1], diffseg.merge(found[:1], **options).maps[0])
+
+
+def test_warmup_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    layers, side = NETWORKS["SD 1.4"]
+    shapes = [((cells, cells), heads, channels) for number, cells, heads, channels in layers for _ in range(number)]
+    diffseg.warmup(shapes, (side, side), backend="triton")
+
+    def compiled(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a kernel was compiled after warmup")
+
+    scene = make_scene("SD 1.4")
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "_do_compile", compiled, raising=False)
+    monkeypatch.setattr(triton, "compile", compiled)
+    segment(scene)
+    diffseg.segment(scene.queries, scene.keys, scene.size, grids=scene.grids, backend="triton")

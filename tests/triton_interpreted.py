@@ -1,0 +1,297 @@
+"""The Triton kernels under Triton's interpreter, on the CPU: run by test_triton.py, in a process of its own.
+
+TRITON_INTERPRET is read when Triton is imported and holds for the whole process, in which nothing can then be compiled;
+so pytest does not collect this file by itself. By hand:
+
+    TRITON_INTERPRET=1 python -P -m pytest tests/triton_interpreted.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffseg.kernels import aggregate as aggregate_kernels
+from diffseg.kernels import label as label_kernels
+from diffseg.kernels import merge as merge_kernels
+from torch import Tensor
+
+import diffseg
+from diffseg import Proposals, backends, reference
+from diffseg.ops import anchor_indices
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DIVISIBLE = [(6, 4), (3, 4), (6, 4), (3, 2)]
+INDIVISIBLE = [(5, 3), (5, 7), (2, 4), (5, 3)]
+RULES = ("paper", "official")
+
+
+def as_double(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
+    return None if tensors is None else [tensor.double() for tensor in tensors]
+
+
+def logsumexps_of(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        (query.double() @ key.double().mT * query.shape[-1] ** -0.5).logsumexp(-1).float()
+        for query, key in zip(queries, keys, strict=True)
+    ]
+
+
+def assert_same_attention(found: Tensor, expected: Tensor) -> None:
+    """The contract on A_f: entries within 1e-4 relative + 1e-9, rows that sum to 1 within 1e-5."""
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
+    assert (found.double().sum(-1) - 1).abs().max() < 1e-5
+
+
+def check_aggregate(queries: Sequence[Tensor], keys: Sequence[Tensor], **options: Any) -> None:
+    found = diffseg.aggregate(queries, keys, backend="triton", **options)
+    expected = diffseg.aggregate(
+        as_double(queries), as_double(keys), backend="reference", **(options | {"dtype": torch.float64})
+    )
+    assert_same_attention(found, expected)
+
+
+def distances(first: Tensor, second: Tensor) -> Tensor:
+    """D of all pairs, float64, [B, P, N] and [B, F, N] -> [B, P, F]."""
+    first, second = first.double().clamp_min(1e-30), second.double().clamp_min(1e-30)
+    difference = first[:, :, None] - second[:, None]
+    return (difference * (first.log()[:, :, None] - second.log()[:, None])).sum(-1) / 2
+
+
+class TestAggregate:
+    @pytest.mark.parametrize("given", [True, False], ids=["logsumexps", "computed"])
+    @pytest.mark.parametrize("grids", [DIVISIBLE, INDIVISIBLE], ids=["divisible", "indivisible"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_meets_the_contract(
+        self, layers: Callable[..., Any], dtype: torch.dtype, grids: list[tuple[int, int]], given: bool
+    ) -> None:
+        scene = layers(grids, batch=3 if grids is DIVISIBLE and given else 1, dim=24, dtype=dtype)
+        logsumexps = logsumexps_of(scene.queries, scene.keys) if given else None
+        check_aggregate(scene.queries, scene.keys, grids=grids, logsumexps=logsumexps)
+
+    @pytest.mark.parametrize("dim", [8, 40, 63, 96, 160])
+    def test_heads_of_any_width(self, layers: Callable[..., Any], dim: int) -> None:
+        scene = layers([(4, 5)], heads=1, dim=dim, dtype=torch.float16)
+        check_aggregate(scene.queries, scene.keys, grids=scene.grids)
+
+    @pytest.mark.parametrize("step", [1, 2], ids=["projections", "every other channel"])
+    def test_strided_inputs_are_read_where_they_lie(self, layers: Callable[..., Any], step: int) -> None:
+        scene = layers(DIVISIBLE, batch=2, heads=3, dim=16 * step, dtype=torch.float16)
+        queries, keys = (
+            [tensor.transpose(1, 2).contiguous().transpose(1, 2)[..., ::step] for tensor in tensors]
+            for tensors in (scene.queries, scene.keys)
+        )
+        assert not queries[0].is_contiguous()
+        logsumexps = [rows.transpose(1, 2).contiguous().transpose(1, 2) for rows in logsumexps_of(queries, keys)]
+        check_aggregate(queries, keys, grids=DIVISIBLE, logsumexps=logsumexps)
+
+    def test_layers_of_one_grid_need_not_be_alike(self, layers: Callable[..., Any]) -> None:
+        grids = [(3, 3), (6, 6), (6, 6), (3, 3), (6, 6)]
+        shapes = [(1, 8), (2, 8), (3, 20), (2, 16), (2, 8)]
+        made = [layers([grid], heads=heads, dim=dim) for grid, (heads, dim) in zip(grids, shapes, strict=True)]
+        queries, keys = [scene.queries[0].float() for scene in made], [scene.keys[0].float() for scene in made]
+        check_aggregate(
+            queries, keys, grids=grids, scales=[0.2, 0.3, 0.1, 0.25, 0.4], weights=[1.0, 2.0, 0.0, 3.0, 0.5]
+        )
+
+    def test_large_scores_do_not_overflow(self, layers: Callable[..., Any]) -> None:
+        scene = layers([(4, 4)], dtype=torch.float32)
+        queries, keys = [scene.queries[0] * 8], scene.keys
+        assert (queries[0] @ keys[0].mT).max() > 128  # 2 ** 128 is beyond float32
+        check_aggregate(queries, keys, grids=scene.grids, scales=[1.0])
+
+    def test_storage_in_bfloat16(self, layers: Callable[..., Any]) -> None:
+        scene = layers(DIVISIBLE, dtype=torch.float32)
+        options = {"grids": scene.grids, "dtype": torch.bfloat16}
+        found = diffseg.aggregate(scene.queries, scene.keys, backend="triton", **options)
+        expected = diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend="reference")
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=0)  # the interpreter cuts off
+
+    def test_nan_reaches_the_result(self, layers: Callable[..., Any]) -> None:
+        scene = layers([(4, 4), (2, 2)], dtype=torch.float32)
+        scene.queries[1][0, 0, 2, 0] = torch.nan
+        found = diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend="triton")
+        rows = found.isnan().any(-1).view(4, 4)
+        assert rows[2:, :2].all()
+        assert rows.sum() == 4
+
+    def test_same_bits_again(self, layers: Callable[..., Any]) -> None:
+        scene = layers(INDIVISIBLE, dtype=torch.bfloat16)
+        first, second = (
+            diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend="triton") for _ in range(2)
+        )
+        assert torch.equal(first, second)
+
+
+class TestAggregateMaps:
+    @pytest.mark.parametrize(
+        ("dtype", "grids", "longest"),
+        [
+            (torch.float32, DIVISIBLE, 4096),
+            (torch.float16, INDIVISIBLE, 4096),
+            (torch.bfloat16, [(4, 4), (2, 2)], 4096),
+            (torch.float32, [(4, 5), (3, 3), (4, 5)], 8),  # rows in blocks
+        ],
+    )
+    def test_rows_need_not_sum_to_one(
+        self, dtype: torch.dtype, grids: list[tuple[int, int]], longest: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(aggregate_kernels, "_LARGEST_ROW", longest)
+        generator = torch.Generator().manual_seed(0)
+        maps = [
+            (3 * torch.rand(1, 1 + index % 2, h * w, h * w, generator=generator)).to(dtype)
+            for index, (h, w) in enumerate(grids)
+        ]
+        found = diffseg.aggregate_maps(maps, grids=grids, backend="triton")
+        expected = diffseg.aggregate_maps(as_double(maps), grids=grids, dtype=torch.float64, backend="reference")
+        assert_same_attention(found, expected)
+
+    def test_maps_averaged_over_heads_and_strided(self) -> None:
+        maps = [torch.rand(2, 12, 24).transpose(1, 2)[:, ::2], torch.rand(2, 3, 3)]
+        grids = [(3, 4), (3, 1)]
+        found = diffseg.aggregate_maps(maps, grids=grids, backend="triton")
+        expected = diffseg.aggregate_maps(as_double(maps), grids=grids, dtype=torch.float64, backend="reference")
+        assert_same_attention(found, expected)
+
+
+class TestMerge:
+    def check(self, attention: Tensor, grid: tuple[int, int], **options: Any) -> Proposals:
+        """Compares with the reference, given that no pair is within the contract's band around the threshold."""
+        found = diffseg.merge(attention, grid=grid, backend="triton", **options)
+        expected = diffseg.merge(attention.to(torch.float64), grid=grid, backend="reference", **options)
+        assert found.counts.tolist() == expected.counts.tolist()
+        torch.testing.assert_close(found.maps.double(), expected.maps, rtol=1e-4, atol=1e-9)
+        return found
+
+    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize(("grid", "batch", "anchors"), [((5, 7), 3, 4), ((6, 6), 1, 6)])
+    def test_equals_the_reference(
+        self, attention: Callable[..., Tensor], grid: tuple[int, int], batch: int, anchors: int, rule: Any
+    ) -> None:
+        maps = attention(grid, batch=batch, regions=6, dtype=torch.float32)
+        positions = torch.tensor(anchor_indices(grid, anchors))
+        margin = (distances(maps[:, positions], maps) - 0.4).abs().min()
+        assert margin > 1e-3, "the scene has a pair within the band: the test would show nothing"
+        found = self.check(maps, grid, anchors=anchors, threshold=0.4, rule=rule)
+        assert 1 < int(found.counts.max()) < anchors**2
+
+    def test_a_list_longer_than_the_block_of_the_walk(self, attention: Callable[..., Tensor]) -> None:
+        maps = attention((7, 7), regions=12, dtype=torch.float32)
+        found = self.check(maps, (7, 7), anchors=6, threshold=[0.02, 0.05], iterations=2)
+        assert int(found.counts) > 2
+
+    def test_given_anchors_may_repeat(self, attention: Callable[..., Tensor]) -> None:
+        self.check(attention((4, 5), dtype=torch.float32), (4, 5), anchors=[3, 19, 3, 0, 7], threshold=0.5)
+
+    def test_attention_in_bfloat16(self, attention: Callable[..., Tensor]) -> None:
+        self.check(attention((5, 6), dtype=torch.bfloat16), (5, 6), anchors=5, threshold=0.5)
+
+    def test_strided_attention(self, attention: Callable[..., Tensor]) -> None:
+        maps = attention((5, 5), batch=2, dtype=torch.float32)
+        padded = torch.full((25, 2, 50), torch.nan)
+        padded[:, :, ::2] = maps.transpose(0, 1)
+        strided = padded[:, :, ::2].transpose(0, 1)
+        found = self.check(strided, (5, 5), anchors=3, threshold=0.5)
+        torch.testing.assert_close(found, diffseg.merge(maps, anchors=3, threshold=0.5, backend="triton"))
+
+    def test_maps_of_one_cell_each_stay_apart(self) -> None:
+        found = self.check(torch.eye(16)[None], (4, 4), anchors=4)
+        assert found.counts.tolist() == [16]
+
+    def test_equal_maps_become_one(self) -> None:
+        row = torch.rand(20).square()
+        found = self.check((row / row.sum()).expand(2, 20, 20), (4, 5), anchors=4, threshold=1e-4)
+        assert found.counts.tolist() == [1, 1]
+        assert found.maps[:, 1:].eq(0).all()
+
+    @pytest.mark.parametrize("sharpness", [1.0, 8.0, 25.0])
+    def test_distances_are_within_the_contract(self, sharpness: float) -> None:
+        generator = torch.Generator().manual_seed(1)
+        shared = torch.randn(1, 1, 300, generator=generator)
+        logits = sharpness * (shared + 0.1 * torch.randn(1, 24, 300, generator=generator))
+        maps = logits.double().softmax(-1).float()
+        pairs = merge_kernels._all_pairs(maps, maps, None)
+        found = (pairs.entropies[:, :, None] + pairs.map_entropies.sum(0)[:, None] - pairs.products.sum(0)) / 8192
+        expected = distances(maps, maps)
+        assert expected.max() > 0.005 * sharpness
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5)  # the contract: within 1e-4
+
+    @pytest.mark.parametrize("rule", RULES)
+    def test_the_walk_on_random_bits(self, rule: str) -> None:
+        generator = torch.Generator().manual_seed(2)
+        near = torch.rand(4, 70, 70, generator=generator) < torch.tensor([0.0, 0.02, 0.1, 0.5])[:, None, None]
+        near |= near.mT.clone() | torch.eye(70, dtype=torch.bool)
+        counts = torch.tensor([70, 64, 33, 1], dtype=torch.int32)
+        listed = torch.arange(70) < counts[:, None]
+        near &= listed[:, None] & listed[:, :, None]
+        heads, owners, merged = merge_kernels._walk(near.to(torch.int8), counts)
+        expected = reference.walk_on_host(near, rule)
+        for item, count in enumerate(merged.tolist()):
+            head = heads[item, :count].long()
+            assert head.tolist() == expected[item].any(-1).nonzero().flatten().tolist()
+            group = near[item, head]
+            if rule == "paper":
+                group = group & (owners[item] == head[:, None])
+            assert torch.equal(group, expected[item, head])
+
+    def test_nan_reaches_the_proposals(self, attention: Callable[..., Tensor]) -> None:
+        maps = attention((4, 4), dtype=torch.float32)
+        maps[0, 5, 7] = torch.nan
+        found = diffseg.merge(maps, anchors=4, backend="triton")
+        assert found.maps[0, : int(found.counts), 7].isnan().all()
+
+
+class TestLabel:
+    @pytest.mark.parametrize(
+        ("grid", "size"), [((5, 4), (13, 17)), ((1, 6), (2, 9)), ((4, 4), (3, 3)), ((6, 5), (6, 5))]
+    )
+    def test_equals_the_reference(self, grid: tuple[int, int], size: tuple[int, int]) -> None:
+        generator = torch.Generator().manual_seed(3)
+        maps = torch.rand(3, 14, grid[0] * grid[1], generator=generator)[:, ::2]
+        proposals = Proposals(maps, torch.tensor([7, 1, 4], dtype=torch.int32), grid)
+        found = diffseg.label(proposals, size, backend="triton")
+        assert torch.equal(found, diffseg.label(proposals, size, backend="reference"))
+
+    def test_ties_go_to_the_lowest_and_padding_never_wins(self) -> None:
+        maps = torch.stack([torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), torch.tensor([9.0, 9.0])])[None]
+        found = diffseg.label(Proposals(maps, torch.tensor([2], dtype=torch.int32), (1, 2)), (3, 3), backend="triton")
+        assert found.eq(0).all()
+
+    def test_no_proposals_label_everything_zero(self) -> None:
+        found = label_kernels.label(torch.rand(1, 3, 4), torch.zeros(1, dtype=torch.int32), (2, 2), (5, 5))
+        assert found.eq(0).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_segment_agrees_with_the_reference(layers: Callable[..., Any], rule: Any) -> None:
+    scene = layers([(6, 8), (3, 4), (2, 2)], batch=2, dtype=torch.float32)
+    options = {"grids": scene.grids, "anchors": 4, "threshold": 0.3, "rule": rule}
+    found = diffseg.segment(scene.queries, scene.keys, (24, 32), backend="triton", **options)
+    expected = diffseg.segment(
+        as_double(scene.queries), as_double(scene.keys), (24, 32), backend="reference", **options
+    )
+    assert expected.max() > 1
+    assert (found == expected).float().mean() >= 0.999
+
+
+def test_warmup_runs_the_stage() -> None:
+    diffseg.warmup([((4, 4), 2, 8), ((2, 2), 1, 16)], (8, 8), device="cpu", anchors=2, backend="triton")
+
+
+class TestChoice:
+    @pytest.mark.parametrize("op", backends.OPS)
+    def test_the_interpreter_is_never_chosen(self, op: str) -> None:
+        chosen = backends.implementation("auto", op, torch.device("cpu"), torch.float32)
+        assert "kernels" not in chosen.__module__
+
+    def test_what_is_beyond_the_kernels_is_refused_by_name(self, layers: Callable[..., Any]) -> None:
+        with pytest.raises(ValueError, match=r"expected at most 1024 anchors \(32 a side\), got 1089"):
+            diffseg.merge(torch.rand(1, 33 * 33, 33 * 33), anchors=33, backend="triton")
+        scene = layers([(2, 2)], dim=257, dtype=torch.float32)
+        with pytest.raises(ValueError, match="heads of at most 256 channels, got 257"):
+            diffseg.aggregate(scene.queries, scene.keys, backend="triton")
+        with pytest.raises(ValueError, match=r"got dtype=torch\.float64"):
+            diffseg.aggregate_maps([torch.rand(1, 4, 4)], dtype=torch.float64, backend="triton")
