@@ -10,7 +10,6 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -65,7 +64,7 @@ def _load_reference() -> Any:
     return importlib.import_module("diffseg.reference")
 
 
-def _load_cpu() -> SimpleNamespace:
+def _load_cpu() -> Any:
     return importlib.import_module("diffseg.native").cpu()
 
 

@@ -6,6 +6,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <array>
 #include <string>
 #include <vector>
@@ -73,12 +77,26 @@ Layer make_map_layer(const View& maps, int64_t heads, Pair grid, float ratio, in
     return {maps, {}, nullptr, heads, 0, {grid[0], grid[1]}, 0, ratio, number};
 }
 
+// Asks for huge pages within A_f [batch, N, N], fresh memory mostly: first touching 64 MiB in small pages takes longer
+// than writing it.
+void advise_huge_pages(const std::vector<Layer>& layers, int64_t batch, uintptr_t out) {
+#ifdef __linux__
+    constexpr uintptr_t kHugePage = 2 << 20;
+    const int64_t cells = layers.back().grid.cells();
+    const uintptr_t end = (out + batch * cells * cells * sizeof(float)) / kHugePage * kHugePage;
+    const uintptr_t start = (out + kHugePage - 1) / kHugePage * kHugePage;
+    if (start < end) madvise(pointer<void>(start), end - start, MADV_HUGEPAGE);  // a hint: it may be refused
+#endif
+}
+
 int64_t aggregate(const std::vector<Layer>& layers, int64_t batch, uintptr_t out, int threads) {
+    advise_huge_pages(layers, batch, out);
     return table->aggregate(layers.data(), static_cast<int64_t>(layers.size()), batch, pointer<float>(out),
                             allowed(threads));
 }
 
 int64_t aggregate_maps(const std::vector<Layer>& layers, int64_t batch, uintptr_t out, int threads) {
+    advise_huge_pages(layers, batch, out);
     return table->aggregate_maps(layers.data(), static_cast<int64_t>(layers.size()), batch, pointer<float>(out),
                                  allowed(threads));
 }
