@@ -44,7 +44,6 @@ _SMALL_TILES = {  # of the low-resolution sums, which are few, and of heads too 
 }
 _WIDE_TILES = {  # float32 operands
     "interpreter": Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=1, num_stages=1),
-    "sm_80": Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2),
     "sm_90": Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2),
     "sm_100": Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2),
     OTHER: Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1),
