@@ -44,10 +44,9 @@ _SMALL_TILES = {  # of the low-resolution sums, which are few, and of heads too 
 }
 _WIDE_TILES = {  # float32 operands
     "interpreter": Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=1, num_stages=1),
-    "sm_80": Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=2),
     "sm_90": Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2),
     "sm_100": Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2),
-    OTHER: Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1),
+    OTHER: Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1),
 }
 _LARGEST_LARGE_TILE_WIDTH = 96
 _MANY_CELLS = 1024  # beyond this a map has large tiles enough to fill the GPU
@@ -218,7 +217,7 @@ def _products(
         "stride_qb": q[0] // unit, "stride_qh": q[1] // unit, "stride_qn": q[2] // unit, "stride_qd": q[3],
         "stride_kb": k[0] // unit, "stride_kh": k[1] // unit, "stride_kn": k[2] // unit, "stride_kd": k[3],
         "stride_rb": r[0], "stride_rh": r[1], "stride_rn": r[2],
-        "WIDTH": width, "HEAD": head, "TAIL": tail, "CHUNK": 32 if query.dtype == torch.float32 else 128, "UNIT": unit,
+        "WIDTH": width, "HEAD": head, "TAIL": tail, "CHUNK": 16 if query.dtype == torch.float32 else 128, "UNIT": unit,
         "PRECISION": exact_precision() if query.dtype == torch.float32 else None,
     }  # fmt: skip
 
