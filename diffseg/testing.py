@@ -1,5 +1,4 @@
-"""Random checkpoints with the layer structure of Stable Diffusion, for tests of code that uses this package: small ones,
-and one of full size for benchmarks.
+"""Random checkpoints with the layer structure of Stable Diffusion: small ones for tests, a full one for benchmarks.
 
 Nothing is downloaded. The weights mean nothing, but the self-attention is sharp enough that its maps differ.
 """
