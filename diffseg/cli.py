@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import glob
-import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .backends import BACKENDS, available_backends, explain_backends
 from .checks import RULES
+
+if TYPE_CHECKING:
+    from .folder import Job
 
 STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4"
 
@@ -59,11 +61,20 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument("--resolution", type=int, help="longer side when processed (default: the model's own)")
     segment.add_argument("--refine", action="store_true", help="add k-means refinement")
     segment.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
+    segment.add_argument(
+        "--batch-size", type=_positive, default=1, metavar="N", help="images a pass (default: %(default)s)"
+    )
     segment.add_argument("--time", action="store_true", help="print how long each stage took")
 
     info = commands.add_parser("info", help="print versions, devices and backends", description=_info.__doc__)
     info.set_defaults(command=_info)
     return parser
+
+
+def _positive(given: str) -> int:
+    if int(given) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {given}")
+    return int(given)
 
 
 def _segment(options: argparse.Namespace) -> int:
@@ -74,25 +85,28 @@ def _segment(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from .folder import segment_files
+
     pipe = _load(options)
-    seconds: dict[str, float] = {}
-    written, failed = [], 0
-    with tqdm(jobs, unit="image", disable=len(jobs) == 1) as progress:
-        for source, labels, overlay in progress:
-            try:
-                count, timings = _segment_one(pipe, source, labels, overlay, options)
-            except (ValueError, OSError) as error:
-                failed += 1
-                progress.write(f"{source}: {error}", file=sys.stderr)
-                continue
-            written.append((overlay, count))
-            for stage, value in timings.items():
-                seconds[stage] = seconds.get(stage, 0.0) + value
+    asked = {
+        name: getattr(options, name) for name in ("threshold", "anchors", "iterations", "rule", "refine", "backend")
+    }
+    asked |= {"processing_resolution": options.resolution, "time_stages": options.time}
+    with tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1) as progress:
+
+        def done(job: Any, outcome: Any) -> None:
+            progress.update()
+            if outcome.error is not None:
+                progress.write(f"{job.source}: {outcome.error}", file=sys.stderr)
+
+        outcomes, seconds = segment_files(pipe, jobs, asked, batch_size=options.batch_size, done=done)
+    written = [(job.overlay, each.segments) for job, each in zip(jobs, outcomes, strict=True) if each.error is None]
     for overlay, count in written:
         print(f"{overlay}  {count} segments")
     if options.time and written:
         for stage, value in seconds.items():
             print(f"{stage:>10}  {1000 * value / len(written):8.1f} ms")
+    failed = len(jobs) - len(written)
     if failed:
         print(f"diffseg: {failed} of {len(jobs)} images failed", file=sys.stderr)
     return 1 if failed else 0
@@ -119,22 +133,29 @@ def _expand(patterns: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _plan(sources: Sequence[Path], directory: Path, *, force: bool) -> list[tuple[Path, Path, Path]]:
-    """(source, labels, overlay) of each image to do; those whose outputs exist are left out, and said so."""
+def _plan(sources: Sequence[Path], directory: Path, *, force: bool) -> list[Job]:
+    """What there is to do; images of which an output exists are left out, and their number is said."""
+    from .folder import Job
+
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"--output: expected a folder, {directory} is a file")
     taken: dict[str, Path] = {}
-    jobs = []
+    jobs, kept = [], 0
     for source in sources:
         if source.stem in taken:
             raise UsageError(f"{taken[source.stem]} and {source} would both write {source.stem}_labels.png")
         taken[source.stem] = source
-        outputs = (directory / f"{source.stem}_labels.png", directory / f"{source.stem}_overlay.png")
-        existing = [output for output in outputs if output.exists()]
-        if existing and not force:
-            print(f"{source}: kept {', '.join(map(str, existing))} (--force overwrites)", file=sys.stderr)
+        job = Job(source, directory / f"{source.stem}_labels.png", directory / f"{source.stem}_overlay.png")
+        if not force and (job.labels.exists() or job.overlay.exists()):
+            kept += 1
         else:
-            jobs.append((source, *outputs))
+            jobs.append(job)
+    if kept:
+        print(
+            f"diffseg: {kept} of {len(sources)} images have outputs in {directory} and are skipped (--force "
+            "overwrites)",
+            file=sys.stderr,
+        )
     return jobs
 
 
@@ -160,40 +181,6 @@ def _load(options: argparse.Namespace) -> Any:
         raise UsageError(f"--model {options.model}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _segment_one(pipe: Any, source: Path, labels: Path, overlay: Path, options: argparse.Namespace) -> Any:
-    """Segments one image and writes its outputs, whole or not at all; (segments, seconds by stage)."""
-    from PIL import Image
-
-    from . import images, visualize
-
-    picture = images.to_tensor(source)
-    output = pipe(
-        picture,
-        threshold=options.threshold,
-        anchors=options.anchors,
-        iterations=options.iterations,
-        rule=options.rule,
-        refine=options.refine,
-        processing_resolution=options.resolution,
-        backend=options.backend,
-        time_stages=options.time,
-    )
-    found = output.labels[0]
-    labels.parent.mkdir(parents=True, exist_ok=True)
-    _write(visualize.label_image(found), labels)
-    _write(Image.fromarray(visualize.overlay(images.to_array(picture), found)), overlay)
-    return output.num_segments[0], output.timings
-
-
-def _write(image: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -109,6 +109,12 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Leaves out what a generating pipeline has and segmentation does not need."""
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in _NOT_NEEDED}, **kwargs)
 
+    def to(self, *args: Any, **kwargs: Any) -> "DiffSegPipeline":
+        """As ``DiffusionPipeline.to``; ends the recordings of weights that it moves."""
+        super().to(*args, **kwargs)
+        self._recordings.drop_stale(self._networks())
+        return self
+
     @property
     def vae_scale_factor(self) -> int:
         """Pixels a latent cell, along a side."""
@@ -181,7 +187,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                 targets = [tuple(pictures[i].shape[1:]) if match_input_resolution else size for i in batch]
                 found = self._segment([pictures[i] for i in batch], size, targets, options, refine, clock)
                 if output_type == "pt":
-                    labels.update(zip(batch, found.labels, strict=True))
+                    labels.update((i, each.clone()) for i, each in zip(batch, found.labels, strict=True))
                     (segments,) = download([found.segments])
                 else:
                     *arrived, segments = download([*found.labels, found.segments])
@@ -327,7 +333,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         else:
             found = recording(pictures)
             if [tuple(each.shape) for each in found.labels] == targets:
-                return found._replace(labels=[each.clone() for each in found.labels])
+                return found
             proposals, finite = found.proposals, found.finite
         with clock("label"):
             return Segmented.at(targets, proposals, finite, options.backend)

@@ -141,7 +141,7 @@ class Recordings:
         networks: Sequence[nn.Module],
     ) -> None:
         """Records ``run``, in place of a recording of the same shape and options."""
-        self._drop_stale(networks)
+        self.drop_stale(networks)
         self._held.pop((shape, options), None)
         if device.type == "cuda" and self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -152,7 +152,7 @@ class Recordings:
 
     def find(self, shape: Shape, options: Options, networks: Sequence[nn.Module]) -> Recording | None:
         """The recording for a batch; None, said once a shape at debug level, where there are only others."""
-        self._drop_stale(networks)
+        self.drop_stale(networks)
         found = self._held.get((shape, options))
         if found is None and self._held and (shape, options) not in self._missed:
             self._missed.add((shape, options))
@@ -164,7 +164,8 @@ class Recordings:
         self._missed.clear()
         self._pool = None
 
-    def _drop_stale(self, networks: Sequence[nn.Module]) -> None:
+    def drop_stale(self, networks: Sequence[nn.Module]) -> None:
+        """Ends the recordings unless the weights of ``networks`` lie where they did."""
         if self._held and self._marks != _marks(networks):
             logger.debug("the networks were moved, cast or replaced: %d recordings dropped", len(self._held))
             self.clear()
