@@ -261,7 +261,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             self._lay_out()
             self._context(batch_size)
             if compile and self._compiled is None:
-                self._compiled = torch.compile(self._latents), torch.compile(self.unet)
+                self._compiled = torch.compile(self._latents, dynamic=False), torch.compile(self.unet, dynamic=False)
             self._recordings.add(run, Shape(batch_size, size), options, self._execution_device, self._networks())
 
     def release(self) -> None:
