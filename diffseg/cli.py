@@ -52,7 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     segment.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
     segment.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the network (default: float16 on cuda)"
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the network (default: float16 on cuda; with --model, bfloat16 on a CPU that has it; float32)",
     )
     segment.add_argument("--threshold", type=float, help="merge maps nearer than this (default: the model's own)")
     segment.add_argument("--anchors", type=int, default=16, help="anchors a side (default: %(default)s)")
@@ -168,7 +170,7 @@ def _load(options: argparse.Namespace) -> Any:
 
     logging.disable_progress_bar()  # of loading, beside which the progress over images would not be seen
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = options.dtype or ("float16" if device.startswith("cuda") else "float32")
+    dtype = options.dtype or _fastest_dtype(device, options.model)
     if options.model is None:
         print(
             "using the bundled demonstration model, trained on generated scenes; for photographs, pass "
@@ -181,6 +183,17 @@ def _load(options: argparse.Namespace) -> Any:
         raise UsageError(f"--model {options.model}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _fastest_dtype(device: str, model: str | None) -> str:
+    """By measurement: on CPUs bfloat16 halves the time of Stable Diffusion's shapes, and not that of narrow models."""
+    import torch
+
+    if device.startswith("cuda"):
+        return "float16"
+    native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    wide = model is not None and device == "cpu"
+    return "bfloat16" if wide and any(getattr(torch.cpu, name, bool)() for name in native) else "float32"
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +17,8 @@ from . import images, visualize
 
 _READERS = 1
 _WRITERS = 1
+_PASSES_BEFORE_RECORDING = 3  # of one shape, on a GPU
+_RECORDED_SHAPES = 8
 _FAILURES = (ValueError, OSError)  # of one image; anything else ends the run
 
 
@@ -63,6 +65,7 @@ def segment_files(
     Returns:
         How each job ended, in order, and the seconds of each stage (empty unless ``options`` ask for them).
     """
+    passes: Counter[Any] = Counter()
     outcomes: dict[int, Outcome] = {}
     seconds: dict[str, float] = {}
     writing: deque[tuple[int, int, Future[None]]] = deque()
@@ -86,6 +89,7 @@ def segment_files(
         read = _in_order(readers, lambda job: images.to_tensor(job.source), jobs, ahead=2 * batch_size)
         items = _items(pipe, read, options.get("processing_resolution"), end)
         for batch in _batches(items, batch_size):
+            _record_frequent(pipe, batch, options, passes)
             for item, labels, segments in _segmented(pipe, batch, options, seconds, end):
                 write = writers.submit(_write_both, jobs[item.number], item.picture, labels)
                 writing.append((item.number, segments, write))
@@ -129,6 +133,18 @@ def _batches(items: Iterator[_Item], batch_size: int) -> Iterator[list[_Item]]:
         elif sum(map(len, waiting.values())) >= 3 * batch_size:
             yield waiting.pop(next(iter(waiting)))
     yield from waiting.values()
+
+
+def _record_frequent(pipe: Any, batch: list[_Item], options: dict[str, Any], passes: Counter[Any]) -> None:
+    """On a GPU, makes the pipeline ready for the first shapes that keep coming."""
+    if pipe.device.type != "cuda" or options.get("refine") or options.get("time_stages"):
+        return
+    shape = (len(batch), batch[0].size)
+    passes[shape] += 1
+    recorded = sum(number >= _PASSES_BEFORE_RECORDING for number in passes.values())
+    if passes[shape] == _PASSES_BEFORE_RECORDING and recorded <= _RECORDED_SHAPES:
+        known = {name: value for name, value in options.items() if name not in ("refine", "time_stages")}
+        pipe.warmup(len(batch), *batch[0].picture.shape[1:], **known)
 
 
 def _segmented(
