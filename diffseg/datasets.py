@@ -344,7 +344,7 @@ def _bsds500(root: Path, split: str) -> tuple[list[Item], TruthFormat]:
             return items, MatlabGroundTruth()
     raise DatasetError(
         f"{root}: expected BSDS500's images/{split} and groundTruth/{split} in it, in data/ or in BSDS500/data/, "
-        f"or NAME.jpg with NAME.npz; found {_contents(root)}"
+        f"or NAME.jpg with NAME.npz, found {_contents(root)}"
     )
 
 

@@ -273,5 +273,6 @@ def aligned(predicted: Labels, truth: Labels) -> Labels:
     pixels = metrics.confusion(predicted, truth)
     numbers = pixels.shape[1] + np.arange(pixels.shape[0])
     rows, columns = metrics.matching(pixels)
-    numbers[rows] = columns
+    agree = pixels[rows, columns] > 0
+    numbers[rows[agree]] = columns[agree]
     return numbers[predicted]

@@ -26,9 +26,10 @@ _LONGEST_WAIT = timedelta(days=30)  # of a process for the slowest
 
 def processes(device: str | None) -> Any:
     """accelerate's state of this process and its peers: its index, their number, its device."""
+    import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=device == "cpu", timeout=_LONGEST_WAIT)
+    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=_LONGEST_WAIT)
 
 
 def device_of(state: Any, device: str | None) -> str:

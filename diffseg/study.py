@@ -196,16 +196,19 @@ def _plot(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize="medium")
     names = [name for name in rows[0] if name.startswith(("accuracy", "miou")) and not name.endswith("pooled")]
-    for axes, (parameter, group) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (parameter, group) in zip(all_axes, panels, strict=True):
         values = [row["value"] for row in group]
+        line = "none" if isinstance(values[0], str) else "-"
         for name in names:
-            axes.plot(values, [row[name] for row in group], marker="o", label=evaluate.FIGURES[name])
+            figures = [row[name] for row in group]
+            axes.plot(values, figures, marker="o", linestyle=line, label=evaluate.FIGURES[name])
         for row in group:
             if row["base"]:
                 axes.axvline(row["value"], color="grey", linewidth=0.8, linestyle="--")
         axes.set_xlabel(_AXES[parameter])
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize="small")
+    all_axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
 
@@ -231,7 +234,7 @@ def head_divergence(query: Tensor, key: Tensor, scale: float) -> float:
     total = 0.0
     for rows in query.split(_ROWS_AT_ONCE, dim=1):
         maps = (rows.float() @ key.float().mT * scale).softmax(-1).clamp_min(reference.SMALLEST_PROBABILITY)
-        logs = maps.log()
+        logs = (maps * cells).log()  # near 0, which keeps rounding error small
         cross = torch.einsum("hrn,grn->hg", maps, logs).double()
         own = cross.diagonal()
         divergences = (own[:, None] + own[None] - cross - cross.mT) / 2
