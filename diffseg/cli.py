@@ -14,8 +14,8 @@ from typing import Any
 
 from . import __version__, evaluate, loading, study
 from .backends import BACKENDS, available_backends, explain_backends
+from .checks import RULES
 from .loading import UsageError
-from .ops import RULES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import __version__, baselines, datasets, loading, metrics, ops, runs
+from . import __version__, baselines, datasets, loading, metrics, runs
 from .backends import BACKENDS
+from .checks import WEIGHT_SCHEMES
 from .datasets import Dataset, Sample
 from .loading import UsageError
 from .methods import TITLES, Settings, check_settings, count_segments, predictions
@@ -77,9 +78,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     parameters.add_argument("--timestep", type=int, help="(default: the model's own)")
     parameters.add_argument("--anchors", type=int, default=16, help="a side (default: %(default)s)")
     parameters.add_argument("--iterations", type=int, default=3, help="(default: %(default)s)")
-    parameters.add_argument(
-        "--weights", choices=ops.WEIGHT_SCHEMES, default="proportional", help="(default: %(default)s)"
-    )
+    parameters.add_argument("--weights", choices=WEIGHT_SCHEMES, default="proportional", help="(default: %(default)s)")
     parameters.add_argument("--refine", action="store_true", help="add k-means refinement")
     parameters.add_argument("--processing-resolution", type=int, help="longer side in the network (default: its own)")
     parameters.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from . import baselines, ops
+from .checks import check_integer, check_rule, check_thresholds, check_weight_scheme
 from .datasets import Sample
 from .loading import UsageError
 from .metrics import Labels
@@ -49,13 +50,13 @@ class Settings:
 
 def check_settings(settings: Settings) -> None:
     try:
-        ops._check_thresholds(settings.threshold, settings.iterations)
-        ops._check_integer("anchors", settings.anchors, 1)
-        ops._check_integer("timestep", settings.timestep, 0)
-        ops._check_rule(settings.rule)
-        ops._check_scheme(settings.weights)
+        check_thresholds(settings.threshold, settings.iterations)
+        check_integer("anchors", settings.anchors, 1)
+        check_integer("timestep", settings.timestep, 0)
+        check_rule(settings.rule)
+        check_weight_scheme(settings.weights)
         if settings.processing_resolution is not None:
-            ops._check_integer("processing_resolution", settings.processing_resolution, 1)
+            check_integer("processing_resolution", settings.processing_resolution, 1)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
 

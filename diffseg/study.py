@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import evaluate, metrics, ops, reference, runs
+from .checks import RULES, WEIGHT_SCHEMES
 from .datasets import Dataset, Sample
 from .loading import UsageError
 from .methods import Settings, check_finite, check_settings, diffseg_labels
@@ -25,8 +26,8 @@ _SWEEPS: dict[str, tuple[Callable[[str], Any], tuple[Any, ...]]] = {
     "anchors": (int, (2, 4, 8, 16, 32)),
     "iterations": (int, (1, 2, 3, 4, 5, 6)),
     "threshold": (float, ()),  # multiples of the model's own
-    "weights": (str, ops.WEIGHT_SCHEMES),
-    "rule": (str, ops.RULES),
+    "weights": (str, WEIGHT_SCHEMES),
+    "rule": (str, RULES),
 }
 """How each parameter's values are read, and those swept where none are given."""
 
