@@ -255,6 +255,11 @@ def open_dataset(
     root = Path(root)
     if kind not in KINDS:
         raise DatasetError(f"data set: expected one of {', '.join(KINDS)}, got {kind!r}")
+    for name, value in (("resolution", resolution), ("classes", classes)):
+        if value is not None and value < 1:
+            raise DatasetError(f"{name}: expected at least 1, got {value}")
+    if kind != "folder" and (classes, unlabelled) != (None, None):
+        raise DatasetError(f"classes, unlabelled: expected for folder alone, {kind} has its own")
     if not root.is_dir():
         raise DatasetError(f"{root}: expected the folder of {kind}, found {'a file' if root.exists() else 'nothing'}")
     listed = None if image_list is None else _read_list(Path(image_list))
@@ -266,7 +271,6 @@ def open_dataset(
         resolution = resolution or 512
     elif kind == "bsds500":
         items, truth_format = _bsds500(root, split)
-        classes = None
     else:
         items, truth_format = _folder(root, classes, unlabelled)
     return Dataset(kind, tuple(_chosen(items, listed, image_list)), truth_format, classes, resolution)
@@ -308,9 +312,12 @@ def _coco_stuff_mapping() -> NDArray[np.int32]:
 
 
 def _is_curated(truth_format: PixelMaps, path: Path) -> bool:
-    if min(truth_format.size(path)) < _CURATED_SIDE:
-        return False
-    (labels,) = truth_format.read(path)
+    try:
+        if min(truth_format.size(path)) < _CURATED_SIDE:
+            return False
+        (labels,) = truth_format.read(path)
+    except (OSError, SyntaxError) as error:
+        raise DatasetError(f"{path}: damaged ({error})") from error
     return bool((labels >= _STUFF.start).mean() >= _CURATED_STUFF)
 
 

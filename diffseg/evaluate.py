@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -60,7 +61,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output: str) -> None:
         help="results; a run into the same folder goes on where the last one stopped (default: %(default)s)",
     )  # fmt: skip
     data = parser.add_argument_group("data")
-    data.add_argument("--split", default="val", help="(default: %(default)s)")
+    data.add_argument("--split", default="val", help="of a layout that has splits (default: %(default)s)")
     data.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     data.add_argument(
         "--image-list", type=Path, metavar="FILE",
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     if options.clusters is not None and options.clusters < 1:
         raise UsageError(f"--clusters: expected at least 1, got {options.clusters}")
     state = runs.processes(options.device)
-    dataset, pipe, settings = start(state, options)
+    dataset, pipe, settings = start(state, options, ("scipy", "sklearn"))
     clusters = options.clusters
     if clusters is None and "kmeans-c" in methods:
         clusters = runs.on_main(state, lambda: typical_segments(dataset))
@@ -121,8 +122,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def start(state: Any, options: argparse.Namespace) -> tuple[Dataset, DiffSegPipeline, Settings]:
-    """The data set, its files checked, the pipeline, and the settings with the model's own filled in."""
+def start(state: Any, options: argparse.Namespace, needed: Sequence[str]) -> tuple[Dataset, DiffSegPipeline, Settings]:
+    """The data set, its files checked, the pipeline, and the settings with the model's own filled in.
+
+    ``needed``: packages without which the run would fail at its end.
+    """
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} not installed: pip install 'diffseg[evaluate]'")
     if options.limit is not None and options.limit < 1:
         raise UsageError(f"--limit: expected at least 1, got {options.limit}")
     dataset = runs.on_main(state, lambda: _checked_dataset(options))

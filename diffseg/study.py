@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     """Varies DiffSeg's parameters one at a time over a data set; a killed run goes on where it stopped."""
     sweeps = _parsed(options.sweep or ([] if options.heads else list(_SWEEPS)))
     state = runs.processes(options.device)
-    dataset, pipe, base = evaluate.start(state, options)
+    dataset, pipe, base = evaluate.start(state, options, ("scipy", "matplotlib"))
     points = list(_points(base, sweeps))
     described = {
         **evaluate.described_run(options, base),

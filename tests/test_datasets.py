@@ -118,6 +118,13 @@ def test_coco_stuffs_unlabelled_pixels(coco):
     assert set(np.unique(truth)) == {-1, 24}
 
 
+def test_coco_stuffs_list_does_not_pass_over_damaged_maps(coco):
+    path = coco / "annotation_val2017" / "000000000285.png"
+    path.write_bytes(path.read_bytes()[:80])
+    with pytest.raises(DatasetError, match=r"000000000285.png: damaged"):
+        open_dataset("coco-stuff", coco)
+
+
 def test_cityscapes(cityscapes):
     dataset = open_dataset("cityscapes", cityscapes, resolution=32)
     check(dataset)
@@ -198,6 +205,15 @@ def test_a_wrong_root(kind, tmp_path):
 def test_an_unknown_kind(tmp_path):
     with pytest.raises(DatasetError, match="expected one of coco-stuff, cityscapes, bsds500, folder, got 'voc'"):
         open_dataset("voc", tmp_path)
+
+
+def test_arguments_that_cannot_be_meant(cityscapes, folder):
+    with pytest.raises(DatasetError, match="resolution: expected at least 1, got 0"):
+        open_dataset("folder", folder, resolution=0)
+    with pytest.raises(DatasetError, match="classes: expected at least 1, got 0"):
+        open_dataset("folder", folder, classes=0)
+    with pytest.raises(DatasetError, match="classes, unlabelled: expected for folder alone, cityscapes has its own"):
+        open_dataset("cityscapes", cityscapes, unlabelled=0)
 
 
 def test_lists_that_cannot_be_used(folder):

@@ -1,6 +1,7 @@
 """``diffseg evaluate`` and ``diffseg study`` with the bundled model on small data sets written here."""
 
 import csv
+import importlib.util
 import json
 import shutil
 
@@ -142,6 +143,35 @@ def test_wrong_requests(scenes, tmp_path, capsys, options, message):
     assert run(scenes, tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_coco_stuff_from_its_layout(tmp_path, capsys):
+    for name in ("000000000139", "000000000724"):
+        image = Image.new("RGB", (420, 360), (90, 140, 220))
+        image.paste((60, 120, 40), (0, 180, 420, 360))
+        labels = np.full((360, 420), 156, np.uint8)  # sky
+        labels[180:] = 123  # grass
+        labels[:, 200:210] = 255
+        for folder, picture, suffix in (
+            ("val2017", image, "jpg"),
+            ("annotation_val2017", Image.fromarray(labels), "png"),
+        ):
+            (tmp_path / "coco" / folder).mkdir(parents=True, exist_ok=True)
+            picture.save(tmp_path / "coco" / folder / f"{name}.{suffix}")
+    assert run(tmp_path / "coco", tmp_path / "out", "--methods", "kmeans-s,one-segment", kind="coco-stuff") == 0
+    figures = results(tmp_path / "out")["methods"]
+    assert figures["kmeans-s"]["accuracy_per_image"] > 0.95
+    assert figures["one-segment"]["accuracy_per_image"] == pytest.approx(0.5, abs=0.01)
+    assert figures["one-segment"]["miou_per_image"] == pytest.approx(0.25, abs=0.01)  # of the two classes there
+    assert "pixel accuracy (matched once, pooled)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("command", "package"), [("evaluate", "sklearn"), ("study", "matplotlib")])
+def test_a_missing_package_is_named_at_the_start(scenes, tmp_path, capsys, monkeypatch, command, package):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    assert cli.main([command, "folder", str(scenes), "-o", str(tmp_path / "out")]) == 2
+    assert f"{package} not installed: pip install 'diffseg[evaluate]'" in capsys.readouterr().err
 
 
 def test_bad_files_are_listed_before_any_work(scenes, tmp_path, capsys, monkeypatch):
