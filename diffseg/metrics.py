@@ -187,18 +187,21 @@ class RegionScores:
     """Streaming figures of a data set whose labels are regions, with one or several truths an image.
 
     Covering sums over all regions of all truths, as the BSDS benchmark does; the others are means over the images of
-    the mean over an image's truths, ``covering_best`` of the covering of the truth that agrees best.
+    the mean over an image's truths. ``covering_best``, there where an image has several truths, is the mean covering of
+    the one that agrees best.
     """
 
     def __init__(self) -> None:
         self._means: list[list[float]] = []
         self._covered = self._pixels = 0.0
+        self._several = False
 
     def add(self, tables: Sequence[Table]) -> None:
         """Counts one image, given a table for each of its truths."""
         labelled = [table for table in tables if table.any()]
         if not labelled:
             return
+        self._several |= len(labelled) > 1
         coverings = [covering(table) for table in labelled]
         self._covered += sum(share * float(table.sum()) for share, table in zip(coverings, labelled, strict=True))
         self._pixels += sum(float(table.sum()) for table in labelled)
@@ -210,7 +213,7 @@ class RegionScores:
         means = np.mean(self._means, axis=0) if self._means else np.full(len(names), np.nan)
         figures = dict(zip(names, means.tolist(), strict=True))
         figures["covering"] = self._covered / self._pixels if self._pixels else float("nan")
-        return {name: figures[name] for name in _REGION_FIGURES}
+        return {name: figures[name] for name in _REGION_FIGURES if self._several or name != "covering_best"}
 
 
 _REGION_MEASURES = {
