@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import backends, ops
 from . import images as image_io
-from .capture import record_attention
+from .capture import AttentionRecord, record_attention
 from .checks import check_integer, check_pair, check_rule, check_thresholds, check_weight_scheme, plain
 from .ops import Proposals, Rule, Weights
 from .recorded import (
@@ -296,6 +296,27 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             self.maybe_free_model_hooks()
         return found
 
+    @torch.no_grad()
+    def record(
+        self,
+        image: Any,
+        *,
+        timestep: Union[int, None] = None,  # noqa: UP007
+        processing_resolution: Union[int, tuple[int, int], None] = None,  # noqa: UP007
+    ) -> AttentionRecord:
+        """Queries and keys of every self-attention layer for one image, for studies of what is done with them.
+
+        Arguments as in :meth:`__call__`.
+        """
+        picture = image_io.to_tensor(image)
+        size = self._processed_size((picture.shape[1], picture.shape[2]), processing_resolution)
+        timestep = self.config.timestep if timestep is None else timestep
+        clock = _StageClock(self._execution_device, enabled=False)
+        with lock_of(self.unet):
+            record = self._record(self._uploaded([picture], size), timestep, clock)
+            self.maybe_free_model_hooks()
+        return record
+
     def _options(
         self, threshold: Any, anchors: Any, iterations: Any, rule: Any, weights: Any, timestep: Any, backend: Any
     ) -> Options:
@@ -378,13 +399,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         compiled: bool = False,
     ) -> tuple[Tensor, Grid]:
         """A_f [B, N, N] and its grid, from pixels [B, 3, h, w] in [0, 1]."""
-        encode, unet = (self._latents, self.unet) if not compiled or self._compiled is None else self._compiled
-        with clock("encode"):
-            latents = encode(pixels)
-        context = self._context(len(pixels)).to(latents)
-        with clock("unet"), record_attention(unet) as record:
-            steps = torch.full((len(pixels),), timestep, device=pixels.device)
-            unet(latents, steps, encoder_hidden_states=context)
+        record = self._record(pixels, timestep, clock, compiled=compiled)
         with clock("aggregate"):
             attention = ops.aggregate(
                 record.queries,
@@ -396,6 +411,19 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                 backend=backend,
             )
         return attention, ops.output_grid(record.grids)
+
+    def _record(
+        self, pixels: Tensor, timestep: int, clock: "_StageClock", *, compiled: bool = False
+    ) -> AttentionRecord:
+        """What the UNet leaves behind, from pixels [B, 3, h, w] in [0, 1]."""
+        encode, unet = self._compiled if compiled and self._compiled else (self._latents, self.unet)
+        with clock("encode"):
+            latents = encode(pixels)
+        context = self._context(len(pixels)).to(latents)
+        with clock("unet"), record_attention(unet) as record:
+            steps = torch.full((len(pixels),), timestep, device=pixels.device)
+            unet(latents, steps, encoder_hidden_states=context)
+        return record
 
     def _latents(self, pixels: Tensor) -> Tensor:
         """What the UNet reads: the VAE's latents, or the pixels in [-1, 1], in the UNet's dtype."""
