@@ -178,7 +178,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         ]
         sizes = [self._processed_size((each.shape[1], each.shape[2]), processing_resolution) for each in pictures]
 
-        clock = _StageClock(self._execution_device, enabled=time_stages)
+        clock = _StageClock(self._execution_device if time_stages else None)
         labels: dict[int, Tensor] = {}
         counts: dict[int, int] = {}
         with self.progress_bar(total=len(pictures)) as progress, lock_of(self.unet):
@@ -251,7 +251,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             if hasattr(network, "_hf_hook"):
                 raise ValueError("warmup: expected weights that stay on one device, found hooks that move them")
         target = (height, width) if match_input_resolution else size
-        clock = _StageClock(self._execution_device, enabled=False)
+        clock = _StageClock(None)
 
         def run(pixels: Tensor) -> Segmented:
             proposals, finite = self._proposals(pixels, options, False, clock, compiled=compile)
@@ -290,7 +290,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         picture = image_io.to_tensor(image)
         size = self._processed_size((picture.shape[1], picture.shape[2]), processing_resolution)
         timestep = self.config.timestep if timestep is None else timestep
-        clock = _StageClock(self._execution_device, enabled=False)
+        clock = _StageClock(None)
         with lock_of(self.unet):
             found = self._attention(self._uploaded([picture], size), timestep, weights, backend, clock)
             self.maybe_free_model_hooks()
@@ -311,7 +311,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         picture = image_io.to_tensor(image)
         size = self._processed_size((picture.shape[1], picture.shape[2]), processing_resolution)
         timestep = self.config.timestep if timestep is None else timestep
-        clock = _StageClock(self._execution_device, enabled=False)
+        clock = _StageClock(None)
         with lock_of(self.unet):
             record = self._record(self._uploaded([picture], size), timestep, clock)
             self.maybe_free_model_hooks()
@@ -328,7 +328,8 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         check_rule(rule)
         check_weight_scheme(weights)
         backends.check_name(backend)
-        shares = weights if isinstance(weights, str) else tuple(plain(weights))
+        shares = plain(weights)
+        shares = tuple(shares) if isinstance(shares, list) else shares
         return Options(timestep, tuple(thresholds), anchors, rule, shares, backend)
 
     def _networks(self) -> list[Any]:
@@ -345,7 +346,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> Segmented:
         """A batch of pictures [3, H, W] processed at ``size``, its labels at ``targets``; recorded or eager."""
         recording = None
-        if not refine and not clock.enabled:
+        if not refine and clock.device is None:  # diffusers walks all modules to say where it runs: nobody asks here
             recording = self._recordings.find(Shape(len(pictures), size), options, self._networks())
         if recording is None:
             with clock("preprocess"):
@@ -419,7 +420,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         encode, unet = self._compiled if compiled and self._compiled else (self._latents, self.unet)
         with clock("encode"):
             latents = encode(pixels)
-        context = self._context(len(pixels)).to(latents)
+        context = self._context(len(pixels), pixels.device).to(latents)
         with clock("unet"), record_attention(unet) as record:
             steps = torch.full((len(pixels),), timestep, device=pixels.device)
             unet(latents, steps, encoder_hidden_states=context)
@@ -434,7 +435,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         latents = encoded.latents if "latents" in encoded else encoded.latent_dist.mean
         return (latents * self.vae.config.scaling_factor).to(self.unet.dtype)
 
-    def _context(self, batch_size: int) -> Tensor:
+    def _context(self, batch_size: int, device: Union[torch.device, None] = None) -> Tensor:  # noqa: UP007
         """The empty prompt's embedding [B, tokens, channels], computed once; zeros for a UNet in pixel space."""
         if self._empty_prompt is None:
             if self.text_encoder is None:
@@ -444,7 +445,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                     "", padding="max_length", max_length=self.tokenizer.model_max_length, return_tensors="pt"
                 )
                 self._empty_prompt = self.text_encoder(tokens.input_ids.to(self._execution_device))[0]
-        self._empty_prompt = self._empty_prompt.to(self._execution_device)
+        self._empty_prompt = self._empty_prompt.to(device or self._execution_device)
         return self._empty_prompt.expand(batch_size, -1, -1)
 
     def _lay_out(self) -> None:
@@ -473,15 +474,15 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
 
 class _StageClock:
-    """Adds up the seconds of named stages; does nothing, and waits for nothing, unless enabled."""
+    """Adds up the seconds of named stages on a device; without one it does nothing, and waits for nothing."""
 
-    def __init__(self, device: torch.device, *, enabled: bool) -> None:
-        self.device, self.enabled = device, enabled
+    def __init__(self, device: torch.device | None) -> None:
+        self.device = device
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        if not self.enabled:
+        if self.device is None:
             yield
             return
         start = self._now()
@@ -489,7 +490,7 @@ class _StageClock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + self._now() - start
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
+        if self.device is not None and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
