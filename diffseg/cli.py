@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument("--refine", action="store_true", help="add k-means refinement")
     segment.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
     segment.add_argument(
-        "--batch-size", type=_positive, default=1, metavar="N", help="images a pass (default: %(default)s)"
+        "--batch-size", type=_positive, default=2, metavar="N", help="images a pass (default: %(default)s)"
     )
     segment.add_argument("--time", action="store_true", help="print how long each stage took")
 

@@ -1,12 +1,19 @@
-"""Many files through a pipeline: decoding, the network and writing overlap, and images of one size share a pass."""
+"""Many files through a pipeline: decoding, the network and writing overlap, and images of one size share a pass.
+
+On a CPU two passes run at a time, each with half the threads: what one does on a single thread costs the other nothing,
+and a thread that decodes or writes holds up one of them, not a whole team. The network's sums are then rounded as on so
+many threads: labels are those of one image at a time but for pixels at a tie.
+"""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +22,6 @@ from torch import Tensor
 
 from . import images, visualize
 
-_READERS = 1
-_WRITERS = 1
 _PASSES_BEFORE_RECORDING = 3  # of one shape, on a GPU
 _RECORDED_SHAPES = 8
 _FAILURES = (ValueError, OSError)  # of one image; anything else ends the run
@@ -43,6 +48,11 @@ class _Item(NamedTuple):
     size: tuple[int, int]  # at which it is processed
 
 
+class _Pass(NamedTuple):
+    found: list[tuple[_Item, Any, Outcome]]  # labels [H, W], or None where it failed
+    seconds: Mapping[str, float]
+
+
 def segment_files(
     pipe: Any,
     jobs: Sequence[Job],
@@ -65,38 +75,72 @@ def segment_files(
     Returns:
         How each job ended, in order, and the seconds of each stage (empty unless ``options`` ask for them).
     """
-    passes: Counter[Any] = Counter()
+    shapes: Counter[Any] = Counter()
     outcomes: dict[int, Outcome] = {}
-    seconds: dict[str, float] = {}
+    seconds: Counter[str] = Counter()
+    running: deque[Future[_Pass]] = deque()
     writing: deque[tuple[int, int, Future[None]]] = deque()
 
-    def end(index: int, outcome: Outcome) -> None:
-        outcomes[index] = outcome
-        done(jobs[index], outcome)
+    def end(number: int, outcome: Outcome) -> None:
+        outcomes[number] = outcome
+        done(jobs[number], outcome)
+
+    def finish_passes(left: int) -> None:
+        while len(running) > left:
+            found, timings = running.popleft().result()
+            seconds.update(timings)
+            for item, labels, outcome in found:
+                if outcome.error is not None:
+                    end(item.number, outcome)
+                else:
+                    write = writers.submit(_write_both, jobs[item.number], item.picture, labels)
+                    writing.append((item.number, outcome.segments, write))
+            finish_writes(left=2 * batch_size)
 
     def finish_writes(left: int) -> None:
         while len(writing) > left:
-            index, segments, future = writing.popleft()
+            number, segments, future = writing.popleft()
             error = future.exception()
             if error is not None and not isinstance(error, _FAILURES):
                 raise error
-            end(index, Outcome(segments, error))
+            end(number, Outcome(segments, error))
 
-    # torch would start a second team of threads in each thread that computes
     threads = torch.get_num_threads()
-    single: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
-    with ThreadPoolExecutor(_READERS, **single) as readers, ThreadPoolExecutor(_WRITERS, **single) as writers:
-        read = _in_order(readers, lambda job: images.to_tensor(job.source), jobs, ahead=2 * batch_size)
-        items = _items(pipe, read, options.get("processing_resolution"), end)
-        for batch in _batches(items, batch_size):
-            _record_frequent(pipe, batch, options, passes)
-            for item, labels, segments in _segmented(pipe, batch, options, seconds, end):
-                write = writers.submit(_write_both, jobs[item.number], item.picture, labels)
-                writing.append((item.number, segments, write))
-            finish_writes(left=2 * batch_size)
-        finish_writes(left=0)
-    torch.set_num_threads(threads)  # also for threads to come
-    return [outcomes[index] for index in range(len(jobs))], seconds
+    pipes = _replicas(pipe, 2 if pipe.device.type == "cpu" and threads > 1 and len(jobs) > batch_size else 1)
+    try:
+        with (
+            ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as readers,
+            ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as writers,
+            ThreadPoolExecutor(
+                len(pipes), initializer=torch.set_num_threads, initargs=(threads // len(pipes),)
+            ) as networks,
+        ):
+            idle: SimpleQueue[Any] = SimpleQueue()
+            for each in pipes:
+                idle.put(each)
+            read = _in_order(readers, lambda job: images.to_tensor(job.source), jobs, ahead=2 * batch_size)
+            items = _items(pipe, read, options.get("processing_resolution"), end)
+            for batch in _batches(items, batch_size):
+                _record_frequent(pipe, batch, options, shapes)
+                running.append(networks.submit(_pass, idle, batch, options))
+                finish_passes(left=len(pipes))
+            finish_passes(left=0)
+            finish_writes(left=0)
+    finally:
+        torch.set_num_threads(threads)  # also for threads to come
+    return [outcomes[number] for number in range(len(jobs))], dict(seconds)
+
+
+def _replicas(pipe: Any, number: int) -> list[Any]:
+    """The pipeline and others on the same weights, each with its own modules of the UNet, which recording changes."""
+    pipes = [pipe]
+    while len(pipes) < number:
+        shared = {id(tensor): tensor for tensor in (*pipe.unet.parameters(), *pipe.unet.buffers())}
+        parts = {**pipe.components, "unet": copy.deepcopy(pipe.unet, shared)}
+        other = type(pipe)(**parts, threshold=pipe.config.threshold, timestep=pipe.config.timestep)
+        other.set_progress_bar_config(disable=True)
+        pipes.append(other)
+    return pipes
 
 
 def _in_order(
@@ -135,34 +179,40 @@ def _batches(items: Iterator[_Item], batch_size: int) -> Iterator[list[_Item]]:
     yield from waiting.values()
 
 
-def _record_frequent(pipe: Any, batch: list[_Item], options: dict[str, Any], passes: Counter[Any]) -> None:
+def _record_frequent(pipe: Any, batch: list[_Item], options: dict[str, Any], shapes: Counter[Any]) -> None:
     """On a GPU, makes the pipeline ready for the first shapes that keep coming."""
     if pipe.device.type != "cuda" or options.get("refine") or options.get("time_stages"):
         return
     shape = (len(batch), batch[0].size)
-    passes[shape] += 1
-    recorded = sum(number >= _PASSES_BEFORE_RECORDING for number in passes.values())
-    if passes[shape] == _PASSES_BEFORE_RECORDING and recorded <= _RECORDED_SHAPES:
+    shapes[shape] += 1
+    recorded = sum(number >= _PASSES_BEFORE_RECORDING for number in shapes.values())
+    if shapes[shape] == _PASSES_BEFORE_RECORDING and recorded <= _RECORDED_SHAPES:
         known = {name: value for name, value in options.items() if name not in ("refine", "time_stages")}
         pipe.warmup(len(batch), *batch[0].picture.shape[1:], **known)
 
 
-def _segmented(
-    pipe: Any, batch: list[_Item], options: dict[str, Any], seconds: dict[str, float], end: Callable[..., None]
-) -> Iterator[tuple[_Item, Any, int]]:
-    """Labels and number of segments of each item; where a batch fails, its items are tried one by one."""
+def _pass(idle: SimpleQueue[Any], batch: list[_Item], options: dict[str, Any]) -> _Pass:
+    pipe = idle.get()
+    try:
+        return _segmented(pipe, batch, options)
+    finally:
+        idle.put(pipe)
+
+
+def _segmented(pipe: Any, batch: list[_Item], options: dict[str, Any]) -> _Pass:
+    """Where a batch fails, its items are tried one by one."""
     try:
         output = pipe([item.picture for item in batch], batch_size=len(batch), **options)
     except _FAILURES as error:
         if len(batch) == 1:
-            end(batch[0].number, Outcome(error=error))
-            return
-        for item in batch:
-            yield from _segmented(pipe, [item], options, seconds, end)
-        return
-    for stage, value in output.timings.items():
-        seconds[stage] = seconds.get(stage, 0.0) + value
-    yield from zip(batch, output.labels, output.num_segments, strict=True)
+            return _Pass([(batch[0], None, Outcome(error=error))], {})
+        alone = [_segmented(pipe, [item], options) for item in batch]
+        seconds: Counter[str] = Counter()
+        for each in alone:
+            seconds.update(each.seconds)
+        return _Pass([entry for each in alone for entry in each.found], seconds)
+    outcomes = [Outcome(segments) for segments in output.num_segments]
+    return _Pass(list(zip(batch, output.labels, outcomes, strict=True)), output.timings)
 
 
 def _write_both(job: Job, picture: Tensor, labels: Any) -> None:
