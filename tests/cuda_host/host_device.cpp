@@ -120,7 +120,8 @@ Context scheduler;
 const std::function<void()>* body;
 size_t current;
 std::string failure;
-bool reversed = false;
+bool reversed = false, recording = false;
+std::string launches;
 
 Shared& shared() {
     static Shared memory;
@@ -193,6 +194,13 @@ void run_block(int threads, size_t shared_bytes) {
 namespace host {
 
 void run(const char* kernel, dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& thread) {
+    if (recording) {
+        for (const auto& word : {std::string(kernel), std::to_string(grid.x), std::to_string(grid.y),
+                                 std::to_string(grid.z), std::to_string(threads), std::to_string(shared_bytes)})
+            launches += word + " ";
+        launches += "\n";
+        return;
+    }
     if (stack_count < static_cast<size_t>(threads)) {
         stacks.reset(new unsigned char[threads * kStackBytes]);
         stack_count = threads;
@@ -212,7 +220,12 @@ void run(const char* kernel, dim3 grid, int threads, size_t shared_bytes, const 
     }
 }
 
-void set_reversed(bool value) { reversed = value; }
+void diffseg_host_reverse(bool value) { reversed = value; }
+void diffseg_host_record(bool value) {
+    recording = value;
+    if (value) launches.clear();
+}
+const char* diffseg_host_launches() { return launches.c_str(); }
 
 void meet(const char* operation, void* given, void (*exchange)(void* const* all)) {
     Warp& warp = own_warp();

@@ -9,7 +9,7 @@
 // start, and filled only as its thread waits); misaligned copies and matrix rows; lanes of a warp, or threads of a block,
 // that do not meet; copies that nobody waits for.
 // What does not: races between warps show only where they change a result under one of the two orders in which fibers
-// run (set_reversed); there is no weak memory order, no timing, and no limit on registers. Matrix products are exact and
+// run (diffseg_host_reverse); there is no weak memory order, no timing, and no limit on registers. Matrix products are exact and
 // truncated once an instruction. exp2 is the host's. Accesses to global memory are checked where this is compiled with
 // the address sanitizer.
 #pragma once
@@ -56,11 +56,15 @@ namespace host {
 // Runs `thread` in every thread of every block; std::runtime_error, naming the kernel, where it goes wrong.
 void run(const char* kernel, dim3 grid, int threads, size_t shared, const std::function<void()>& thread);
 
-// Last warps and lanes first.
-void set_reversed(bool reversed);
-
 // Waits until all lanes of the warp have come to the same operation with what each gives; `exchange` sees all 32.
 void meet(const char* operation, void* given, void (*exchange)(void* const* all));
+
+// For tests, through ctypes.
+extern "C" {
+void diffseg_host_reverse(bool reversed);  // last warps and lanes first
+void diffseg_host_record(bool recording);  // launches are listed, and not run
+const char* diffseg_host_launches();       // since recording began, a line each: name, grid, threads, shared memory
+}
 
 }  // namespace host
 
