@@ -195,6 +195,14 @@ class TestAggregate:
         assert (queries[0] @ keys[0].mT).max() > 128  # 2 ** 128 is beyond float32
         check_aggregate(queries, keys, grids=scene.grids, scales=[1.0])
 
+    def test_where_upsampling_weighs_a_large_neighbour_with_nearly_nothing(self) -> None:
+        """A weight of 1e-7 in place of 0 is 1e-7 of the neighbour."""
+        grids = [(5, 3), (15, 9)]
+        generator = torch.Generator().manual_seed(4)
+        queries = [5 * torch.eye(h * w).view(1, 1, h * w, h * w) for h, w in grids]
+        keys = [query + 0.1 * torch.randn(query.shape, generator=generator) for query in queries]
+        check_aggregate(queries, keys, grids=grids, scales=[1.0, 0.0])
+
     def test_a_negative_scale(self, layers: Callable[..., Any]) -> None:
         scene = layers([(3, 5)], dtype=torch.float32)
         check_aggregate(scene.queries, scene.keys, grids=scene.grids, scales=[-0.5])

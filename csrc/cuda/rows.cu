@@ -129,7 +129,7 @@ DIFFSEG_DEVICE float sum_heads(const RowSource& source, int batch, int row, cons
 }
 
 template <Type kType>
-__global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant__ Table table) {
     int index = 0;
     while (index + 1 < table.count && static_cast<int>(blockIdx.x) >= table.segments[index + 1].first_block) ++index;
     const Segment& segment = table.segments[index];

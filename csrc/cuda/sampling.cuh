@@ -7,15 +7,19 @@ namespace diffseg::cuda {
 
 struct Tap {
     int first, second;  // neighbouring cells
-    float weight;       // of the second; the first has the rest
+    float near, far;    // their weights
 };
 
-// What position `position` of `large` reads among `small` cells.
+// What position `position` of `large` reads among `small` cells: (position + 1/2) small / large - 1/2, in integers up to
+// the last division, since where a weight is 0 or nearly so its rounding error would weigh a large neighbour.
 DIFFSEG_BOTH Tap tap(int position, int small, int large) {
-    const float scale = static_cast<float>(small) / static_cast<float>(large);
-    const float source = fmaxf((static_cast<float>(position) + 0.5f) * scale - 0.5f, 0.0f);
-    const int first = static_cast<int>(source) < small - 1 ? static_cast<int>(source) : small - 1;
-    return {first, first + 1 < small ? first + 1 : first, source - static_cast<float>(first)};
+    const int unit = 2 * large;
+    const int shifted = (2 * position + 1) * small - large;
+    const int source = shifted < 0 ? 0 : shifted;
+    const int first = source / unit < small - 1 ? source / unit : small - 1;
+    const int rest = source - first * unit;
+    return {first, first + 1 < small ? first + 1 : first, static_cast<float>(unit - rest) / static_cast<float>(unit),
+            static_cast<float>(rest) / static_cast<float>(unit)};
 }
 
 // What `cell` adds to the sum over all positions: the column weight by which a row's mass after upsampling is known.
@@ -27,7 +31,7 @@ DIFFSEG_BOTH float axis_weight(int cell, int small, int large) {
     float weight = 0;
     for (; position < end; ++position) {
         const Tap at = tap(position, small, large);
-        weight += (at.first == cell ? 1.0f - at.weight : 0.0f) + (at.second == cell ? at.weight : 0.0f);
+        weight += (at.first == cell ? at.near : 0.0f) + (at.second == cell ? at.far : 0.0f);
     }
     return weight;
 }
@@ -42,8 +46,7 @@ DIFFSEG_BOTH Taps taps(int row, int column, int small_height, int small_width, i
     const Tap down = tap(row, small_height, height), across = tap(column, small_width, width);
     return {{down.first * small_width + across.first, down.first * small_width + across.second,
              down.second * small_width + across.first, down.second * small_width + across.second},
-            {(1.0f - down.weight) * (1.0f - across.weight), (1.0f - down.weight) * across.weight,
-             down.weight * (1.0f - across.weight), down.weight * across.weight}};
+            {down.near * across.near, down.near * across.far, down.far * across.near, down.far * across.far}};
 }
 
 DIFFSEG_DEVICE float sample(const float* map, const Taps& at) {
