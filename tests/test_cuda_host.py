@@ -197,11 +197,11 @@ class TestAggregate:
 
     def test_where_upsampling_weighs_a_large_neighbour_with_nearly_nothing(self) -> None:
         """A weight of 1e-7 in place of 0 is 1e-7 of the neighbour."""
-        grids = [(5, 3), (15, 9)]
+        grids = [(1, 7), (1, 13)]  # in float32 the seventh cell of 13 lies 2e-7 beyond the fourth of 7
         generator = torch.Generator().manual_seed(4)
         queries = [5 * torch.eye(h * w).view(1, 1, h * w, h * w) for h, w in grids]
         keys = [query + 0.1 * torch.randn(query.shape, generator=generator) for query in queries]
-        check_aggregate(queries, keys, grids=grids, scales=[1.0, 0.0])
+        check_aggregate(queries, keys, grids=grids, scales=[1.0, 1.0], weights=[1.0, 0.0])
 
     def test_a_negative_scale(self, layers: Callable[..., Any]) -> None:
         scene = layers([(3, 5)], dtype=torch.float32)
@@ -462,3 +462,43 @@ class TestPlans:
             "positions_kernel", "terms_kernel", "products_kernel", "bits_kernel", "means_kernel", *later * 2,
         ]  # fmt: skip
         assert all(int(launch[5]) <= SMALLEST_LIMIT for launch in launches)
+
+
+@pytest.fixture(scope="session")
+def broken(builder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    sources = [builder.HERE / "broken.cpp", builder.HERE / "host_device.cpp"]
+    return ctypes.CDLL(str(builder.build(tmp_path_factory.mktemp("broken"), sources=sources)))
+
+
+class TestEmulation:
+    """Kernels that are wrong on purpose."""
+
+    def run(self, broken: ctypes.CDLL, name: str) -> tuple[str, Tensor]:
+        """What the emulation says, and the 64 floats that the kernel writes."""
+        function = getattr(broken, name)
+        function.restype = ctypes.c_char_p
+        out = torch.zeros(64)
+        return function(ctypes.c_void_p(out.data_ptr())).decode(), out
+
+    @pytest.mark.parametrize("name", ["read_unwritten", "read_early"])
+    def test_shared_memory_is_nan_until_written(self, broken: ctypes.CDLL, name: str) -> None:
+        complaint, out = self.run(broken, name)
+        assert complaint == ""
+        assert out.isnan().any()
+
+    def test_a_copy_arrives_when_waited_for(self, broken: ctypes.CDLL) -> None:
+        _, out = self.run(broken, "read_copy")
+        assert out[0].isnan()
+        assert out[1] == 2
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("copy_unwaited", "broken_kernel: a thread ended before its copies arrived"),
+            ("copy_misaligned", "broken_kernel: the target of a copy is outside shared memory or not aligned"),
+            ("shuffle_half", "broken_kernel: lanes of a warp do not meet"),
+            ("diverge", "broken_kernel: lanes of a warp are at "),
+        ],
+    )
+    def test_it_complains(self, broken: ctypes.CDLL, name: str, expected: str) -> None:
+        assert self.run(broken, name)[0].startswith(expected)
