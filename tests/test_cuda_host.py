@@ -2,6 +2,11 @@
 
 What the emulation shows and what it does not stands in tests/cuda_host/host_device.h. Everything above the hardware is
 the real thing: the ops' validation, native.py, the entry points, the plans of launches and the kernels.
+
+With every access to global memory checked by the address sanitizer:
+
+    DIFFSEG_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$(g++ -print-file-name=libasan.so) \\
+        python -P -m pytest tests/test_cuda_host.py
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,7 +88,8 @@ def builder() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def host(builder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Host:
-    library = builder.build(tmp_path_factory.mktemp("cuda_host"))
+    flags = ["-fsanitize=address"] if os.environ.get("DIFFSEG_SANITIZE") else []
+    library = builder.build(tmp_path_factory.mktemp("cuda_host"), *flags)
     return Host(load("cuda_host._cuda", library), ctypes.CDLL(str(library)))
 
 

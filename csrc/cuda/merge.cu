@@ -91,13 +91,19 @@ __global__ void __launch_bounds__(kThreads)
     for (int index = threadIdx.x; index < batch; index += kThreads) counts[index] = length;
 }
 
-// Terms [4, batch, length, pitch] and entropies [batch, length] of the rows `positions` (null: all).
+// Whether an element is past the end of its list; lists without counts have none that is.
+DIFFSEG_DEVICE bool past(const int32_t* counts, int batch, int element) {
+    return counts != nullptr && element >= counts[batch];
+}
+
+// Terms [4, batch, length, pitch] and entropies [batch, length] of the rows `positions` (null: all), up to `counts`.
 //
 // Grid: (length, batch). Bytes: 4 N read and 8 N written an element; N logarithms.
 template <Type kType>
-__global__ void __launch_bounds__(kThreads) terms_kernel(Rows maps, const int* positions, int cells, int pitch,
-                                                         uint16_t* terms, float* entropies) {
+__global__ void __launch_bounds__(kThreads) terms_kernel(Rows maps, const int* positions, const int32_t* counts,
+                                                         int cells, int pitch, uint16_t* terms, float* entropies) {
     const int element = blockIdx.x, batch = blockIdx.y, length = gridDim.x;
+    if (past(counts, batch, element)) return;
     const int row = positions == nullptr ? element : positions[element];
     const int64_t start = batch * maps.batch + row * maps.row;
     const int64_t plane = static_cast<int64_t>(gridDim.y) * length * pitch;
@@ -133,8 +139,9 @@ constexpr int kStageBytes = 2 * kSideBytes;
 struct Products {
     const uint16_t* terms;  // [4, batch, length, pitch]
     Rows maps;
-    float* products;       // [parts, batch, length, rows]
-    float* map_entropies;  // [parts, batch, rows]
+    const int32_t* counts;  // null: lists end at `length` and `rows`
+    float* products;        // [parts, batch, length, rows]
+    float* map_entropies;   // [parts, batch, rows]
     int length, rows, cells, pitch, part;
 };
 
@@ -232,7 +239,8 @@ DIFFSEG_DEVICE void store_products(const Products& in, int64_t slab, int element
             }
 }
 
-// p.log f + log p.f of all elements p and maps f, and the entropies of f, over the cells of one part.
+// p.log f + log p.f of all elements p and maps f, and the entropies of f, over the cells of one part; tiles past the end
+// of a list are left as they are.
 //
 // Grid: (tiles of length x rows, parts, batch); the tiles of one block of maps are neighbours, so that it is read from
 // memory once. At SD 1.4 (256 elements, 4096 maps): reads A_f (64 MB) and the terms, writes 2 x 4 MB; 6 products of 8.6
@@ -242,6 +250,7 @@ template <Type kType>
 __global__ void __launch_bounds__(kThreads, 1) products_kernel(const __grid_constant__ Products in) {
     const int tiles = ceil_div(in.length, kTile);
     const int element = blockIdx.x % tiles * kTile, map = blockIdx.x / tiles * kTile, batch = blockIdx.z;
+    if (past(in.counts, batch, element) || past(in.counts, batch, map)) return;
     const int first = blockIdx.y * in.part, end = first + in.part < in.cells ? first + in.part : in.cells;
     unsigned char* stages = shared_memory();
     float total[2][8][4] = {};
@@ -281,8 +290,7 @@ struct Bits {
 // Grid: (256 maps, length, batch). Bytes: 4 parts length rows read, an eighth of length rows written.
 __global__ void __launch_bounds__(kThreads) bits_kernel(const __grid_constant__ Bits in) {
     const int f = blockIdx.x * kThreads + threadIdx.x, element = blockIdx.y, batch = blockIdx.z;
-    const int count = in.counts == nullptr ? in.rows : in.counts[batch];
-    const bool listed = f < count && (in.counts == nullptr || element < count);
+    const bool listed = f < in.rows && !past(in.counts, batch, f) && !past(in.counts, batch, element);
     float cross = 0, entropy = 0;
     for (int part = 0; listed && part < in.parts; ++part) {
         const int64_t slab = static_cast<int64_t>(part) * gridDim.z + batch;
@@ -335,6 +343,7 @@ struct Means {
     Rows maps;
     const uint32_t* groups;  // [batch, length, words]: a row of bits a group
     const int32_t* counts;   // of the groups; null: `length`
+    const int32_t* listed;   // of the maps; null: `rows`
     float* means;            // [batch, length, cells], zeros past the counts
     int length, rows, cells, words;
 };
@@ -426,12 +435,13 @@ __global__ void __launch_bounds__(kThreads, 1) means_kernel(const __grid_constan
     const int tiles = ceil_div(in.length, kMeanGroups);
     const int group = blockIdx.x % tiles * kMeanGroups, cell = blockIdx.x / tiles * kMeanCells, batch = blockIdx.y;
     const int count = in.counts == nullptr ? in.length : in.counts[batch];
+    const int rows = in.listed == nullptr ? in.rows : in.listed[batch];
     unsigned char* stages = shared_memory();
     float total[2][4][4] = {};
     int sizes[4] = {};
     int stage = 0;
     FetchedStep step = fetch_step<kType>(in, batch, group, cell, 0, count);
-    for (int row = 0; row < in.rows; row += kMeanRows, stage ^= 1) {
+    for (int row = 0; row < rows; row += kMeanRows, stage ^= 1) {
         unsigned char* current = stages + stage * kMeanStage;
         store_step(current, step);
         uint32_t words[kWordsAtOnce][4];
@@ -441,7 +451,7 @@ __global__ void __launch_bounds__(kThreads, 1) means_kernel(const __grid_constan
             words[2][k] = step.bits[k].z, words[3][k] = step.bits[k].w;
         }
         sync_block();  // the stage is complete, and the other one has been read by all
-        if (row + kMeanRows < in.rows) step = fetch_step<kType>(in, batch, group, cell, row + kMeanRows, count);
+        if (row + kMeanRows < rows) step = fetch_step<kType>(in, batch, group, cell, row + kMeanRows, count);
         float sum[2][4][4] = {};
 #pragma unroll
         for (int w = 0; w < kWordsAtOnce; ++w) {
@@ -516,14 +526,14 @@ class Merging {
         write_positions(listed, stream);
         const Rows rows = {attention.data, attention.batch, attention.row};
         fill_bits(rows, type, cells_, positions_, nullptr, options_.thresholds[0], stream);
-        fill_means(rows, type, cells_, near_, nullptr, list, stream);
+        fill_means(rows, type, cells_, near_, nullptr, nullptr, list, stream);
         for (size_t round = 1; round < rounds; ++round) {
             const Rows elements = {list, int64_t(length_) * cells_, cells_};
             float* next = last(round) ? maps : spare_maps_;
             int32_t* merged = last(round) ? counts : spare_counts_;
             fill_bits(elements, Type::float32, length_, nullptr, listed, options_.thresholds[round], stream);
             walk(listed, merged, stream);
-            fill_means(elements, Type::float32, length_, groups_, merged, next, stream);
+            fill_means(elements, Type::float32, length_, groups_, merged, listed, next, stream);
             list = next, listed = merged;
         }
     }
@@ -546,9 +556,9 @@ class Merging {
                    Stream stream) const {
         const bool full = type == Type::float32;
         launch("terms_kernel", full ? terms_kernel<Type::float32> : terms_kernel<Type::bfloat16>, dim3(length_, batch_),
-               kThreads, kWarps * sizeof(float), stream, maps, positions, cells_, pitch(), terms_, entropies_);
+               kThreads, kWarps * sizeof(float), stream, maps, positions, counts, cells_, pitch(), terms_, entropies_);
         const Parts parts(length_, rows, cells_);
-        const Products in = {terms_, maps, products_, map_entropies_, length_, rows, cells_, pitch(), parts.cells};
+        const Products in = {terms_, maps, counts, products_, map_entropies_, length_, rows, cells_, pitch(), parts.cells};
         launch("products_kernel", full ? products_kernel<Type::float32> : products_kernel<Type::bfloat16>,
                dim3(ceil_div(length_, kTile) * ceil_div(rows, kTile), parts.count, batch_), kThreads, 2 * kStageBytes,
                stream, in);
@@ -567,9 +577,9 @@ class Merging {
                words, options_.exclusive, in_shared, groups_, merged);
     }
 
-    void fill_means(const Rows& maps, Type type, int rows, const uint32_t* groups, const int32_t* counts, float* means,
-                    Stream stream) const {
-        const Means in = {maps, groups, counts, means, length_, rows, cells_, words_of(rows)};
+    void fill_means(const Rows& maps, Type type, int rows, const uint32_t* groups, const int32_t* counts,
+                    const int32_t* listed, float* means, Stream stream) const {
+        const Means in = {maps, groups, counts, listed, means, length_, rows, cells_, words_of(rows)};
         launch("means_kernel", type == Type::float32 ? means_kernel<Type::float32> : means_kernel<Type::bfloat16>,
                dim3(ceil_div(length_, kMeanGroups) * ceil_div(cells_, kMeanCells), batch_), kThreads, 2 * kMeanStage,
                stream, in);

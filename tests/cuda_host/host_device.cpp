@@ -4,6 +4,9 @@
 
 #include <sys/mman.h>
 #include <ucontext.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 #include <unistd.h>
 
 #include <memory>
@@ -183,6 +186,9 @@ void run_block(int threads, size_t shared_bytes) {
     shared().start_block(shared_bytes);
     fibers.assign(threads, Fiber{});
     warps.assign(threads / kLanes, Warp{});
+#ifdef __SANITIZE_ADDRESS__  // what earlier fibers left on their stacks
+    __asan_unpoison_memory_region(stacks.get(), stack_count * kStackBytes);
+#endif
     for (int index = 0; index < threads; ++index) prepare(fibers[index].context, &stacks[index * kStackBytes], run_fiber);
     do {
         for (size_t warp = 0; warp < warps.size(); ++warp) run_warp(reversed ? warps.size() - 1 - warp : warp);
