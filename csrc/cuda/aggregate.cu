@@ -55,6 +55,7 @@ struct Table {
     int batch;
     Output output;
 };
+static_assert(sizeof(Table) <= 4096, "every driver takes arguments of this size");
 
 using Scores = float[2][8][4];  // [16 rows][8 columns] fragments of a warp's 32 x 64
 

@@ -36,6 +36,7 @@ struct Table {
     int count;
     Output output;
 };
+static_assert(sizeof(Table) <= 4096, "every driver takes arguments of this size");
 
 template <Type kType>
 constexpr int kVector = kType == Type::float32 ? 4 : 8;
