@@ -28,22 +28,27 @@ __global__ void __launch_bounds__(kThreads) label_kernel(const __grid_constant__
     const int columns = ceil_div(in.size.width, kPixels), batch = blockIdx.y;
     const int index = blockIdx.x * kThreads + threadIdx.x, y = index / columns, x = index % columns * kPixels;
     if (y >= in.size.height) return;
-    Taps at[kPixels];
+    const Tap down = tap(y, in.grid.height, in.size.height);
+    Tap across[kPixels];
     float best[kPixels];
     int32_t winner[kPixels];
 #pragma unroll
     for (int i = 0; i < kPixels; ++i) {
         const int column = x + i < in.size.width ? x + i : in.size.width - 1;
-        at[i] = taps(y, column, in.grid.height, in.grid.width, in.size.height, in.size.width);
+        across[i] = tap(column, in.grid.width, in.size.width);
         best[i] = -INFINITY;
         winner[i] = 0;
     }
     const float* map = static_cast<const float*>(in.maps.data) + batch * in.maps.batch;
     const int count = in.counts[batch];
     for (int v = 0; v < count; ++v, map += in.maps.head) {
+        const float *top = map + down.first * in.grid.width, *bottom = map + down.second * in.grid.width;
 #pragma unroll
         for (int i = 0; i < kPixels; ++i) {
-            const float value = sample(map, at[i]);
+            const Tap& at = across[i];
+            const float upper = at.near * top[at.first] + at.far * top[at.second];
+            const float lower = at.near * bottom[at.first] + at.far * bottom[at.second];
+            const float value = down.near * upper + down.far * lower;
             if (value > best[i]) best[i] = value, winner[i] = v;
         }
     }
