@@ -1,4 +1,4 @@
-"""The command line: ``diffseg segment`` and ``diffseg info``."""
+"""The command line: ``diffseg segment``, ``diffseg info`` and ``diffseg bench``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from . import __version__
 from .backends import BACKENDS, available_backends, explain_backends
+from .bench import command as benchmark
 from .ops import RULES
 
 STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4"
@@ -63,6 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="print versions, devices and backends", description=_info.__doc__)
     info.set_defaults(command=_info)
+
+    bench = commands.add_parser("bench", help="measure speed, memory and exactness", description=_bench.__doc__)
+    bench.set_defaults(command=_bench)
+    benchmark.add_options(bench)
     return parser
 
 
@@ -215,6 +220,14 @@ def _info(options: argparse.Namespace) -> int:
     for backend, state in explain_backends().items():
         print(f"  {backend}: {state}")
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """Times every backend against plain PyTorch and other peers, each result checked first (benchmarks/README.md)."""
+    try:
+        return benchmark.run(options)
+    except benchmark.RequestError as error:
+        raise UsageError(str(error)) from error
 
 
 if __name__ == "__main__":
