@@ -30,7 +30,7 @@ _MOST_COPIES = 16
 T = TypeVar("T")
 
 
-class Unavailable(Exception):
+class Unavailable(Exception):  # noqa: N818  (no error: a row that is not for this machine)
     """An input that cannot be had here; says why."""
 
 
@@ -65,9 +65,7 @@ class Case:
     @cached_property
     def attention(self) -> Tensor:
         """A_f [B, N, N]."""
-        return ops.aggregate(
-            self.queries, self.keys, grids=self.grids, scales=self.scales, logsumexps=self.logsumexps
-        )
+        return ops.aggregate(self.queries, self.keys, grids=self.grids, scales=self.scales, logsumexps=self.logsumexps)
 
     @cached_property
     def maps(self) -> list[Tensor]:
@@ -149,9 +147,7 @@ def pictures(batch: int, size: Grid) -> list[Tensor]:
 
 def sd14(size: Grid, batch: int, device: torch.device, dtype: torch.dtype) -> Case:
     """Layers of the shapes of Stable Diffusion 1.4 for images of ``size``."""
-    layers = [
-        Layer((side_of(size[0], layer), side_of(size[1], layer)), layer.heads, layer.channels) for layer in SD14
-    ]
+    layers = [Layer((side_of(size[0], layer), side_of(size[1], layer)), layer.heads, layer.channels) for layer in SD14]
     return structured("sd14", layers, size, batch, device, dtype)
 
 
@@ -173,7 +169,7 @@ def structured(
 ) -> Case:
     """Layers that look at one scene of regions: cells of a region attend to each other, more so where they are near.
 
-    Tensors lie as projections do. ``given``: with log-sum-exps; None: on a GPU, as a fused attention operator leaves them.
+    Tensors lie as projections do. ``given``: with log-sum-exps; None: on a GPU, where fused attention leaves them.
     """
     generator = torch.Generator(device).manual_seed(seed)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .cost import Ceilings
 
-_SECONDS = 0.3  # of measuring each ceiling
+_SECONDS = 0.5  # of measuring each ceiling
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def measure(device: torch.device) -> Ceilings:
-    """Measures the ceilings of ``device``; takes about two seconds."""
+    """Measures the ceilings of ``device``; takes a few seconds."""
     on_gpu = device.type == "cuda"
     products = {"float32": _product(device, torch.float32), "bfloat16": _product(device, torch.bfloat16)}
     if on_gpu:
@@ -79,42 +79,45 @@ def _product(device: torch.device, dtype: torch.dtype) -> float:
 def _exponentials(device: torch.device) -> float:
     if device.type == "cuda":
         return _exponentials_of_registers(device)
-    values = torch.rand(1 << 17)  # within the second-level caches
+    values = torch.rand(1 << 16)  # within a second-level cache
     out = torch.zeros_like(values)
-    return values.numel() / _fastest(lambda: torch.exp(values, out=out), device, repeats=50)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a thread that waits for the other would be measured with it
+    try:
+        return threads * values.numel() / _fastest(lambda: torch.exp(values, out=out), device)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _exponentials_of_registers(device: torch.device) -> float:
     """Of values that stay in registers: an elementwise exp would measure the memory. NaN without Triton."""
     try:
-        from .exponentials import count, run
+        from ..kernels.exponentials import count, run
     except ImportError:
         return float("nan")
     out = torch.zeros(1 << 20, device=device)
     return count(out) / _fastest(lambda: run(out), device)
 
 
-def _fastest(run: Callable[[], Tensor | None], device: torch.device, repeats: int = 1) -> float:
+def _fastest(run: Callable[[], Tensor | None], device: torch.device) -> float:
     """Seconds of the fastest call: a ceiling is what was reached once."""
     run()
     best, end = float("inf"), time.perf_counter() + _SECONDS
     while time.perf_counter() < end:
-        best = min(best, _seconds(run, device, repeats) / repeats)
+        best = min(best, _seconds(run, device))
     return best
 
 
-def _seconds(run: Callable[[], Tensor | None], device: torch.device, repeats: int) -> float:
+def _seconds(run: Callable[[], Tensor | None], device: torch.device) -> float:
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(repeats):
-            run()
+        run()
         stop.record()
         stop.synchronize()
         return start.elapsed_time(stop) / 1000
     begin = time.perf_counter()
-    for _ in range(repeats):
-        run()
+    run()
     return time.perf_counter() - begin
 
 

@@ -137,5 +137,3 @@ def parse(text: str) -> Settings:
     add_options(parser)
     options: Any = parser.parse_args(shlex.split(text))
     return settings_of(options)
-
-

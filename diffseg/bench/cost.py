@@ -87,11 +87,14 @@ def aggregate(
     passes = passes or (1 if logsumexps else 2)
     read = sum(2 * layer.heads * layer.cells * layer.channels * element for layer in layers)
     read += sum(4 * layer.heads * layer.cells for layer in layers) if logsumexps else 0
-    return Work(
-        bytes=read + attention_bytes(layers, storage),
-        flops=sum(2 * layer.heads * layer.cells**2 * layer.channels for layer in layers),
-        exponentials=passes * pairs,
-    ) * batch
+    return (
+        Work(
+            bytes=read + attention_bytes(layers, storage),
+            flops=sum(2 * layer.heads * layer.cells**2 * layer.channels for layer in layers),
+            exponentials=passes * pairs,
+        )
+        * batch
+    )
 
 
 def aggregate_maps(layers: Sequence[Layer], *, element: int = 4, batch: int = 1, storage: int = 4) -> Work:
@@ -108,11 +111,14 @@ def attention_bytes(layers: Sequence[Layer], storage: int = 4) -> int:
 def first_round(cells: int, anchors: int, *, density: float = 1.0, products: int = 1, batch: int = 1) -> Work:
     """Round 1: two products of all pairs, one of the share ``density`` of pairs that match; a logarithm an entry."""
     pairs = 2 * anchors * cells * cells
-    return Work(
-        bytes=4 * cells * cells + 4 * anchors * cells,
-        flops=2 * pairs * products + pairs * density,
-        exponentials=cells * cells,
-    ) * batch
+    return (
+        Work(
+            bytes=4 * cells * cells + 4 * anchors * cells,
+            flops=2 * pairs * products + pairs * density,
+            exponentials=cells * cells,
+        )
+        * batch
+    )
 
 
 def later_rounds(cells: int, length: int, rounds: int, *, products: int = 1, batch: int = 1) -> Work:
@@ -122,6 +128,6 @@ def later_rounds(cells: int, length: int, rounds: int, *, products: int = 1, bat
 
 
 def label(cells: int, length: float, size: Grid, *, batch: int = 1) -> Work:
-    """Three operations a pixel and proposal: a lerp along the row, whose ends are shared by pixels, and a comparison."""
+    """Three operations a pixel and proposal: a lerp along the row, whose ends pixels share, and a comparison."""
     pixels = size[0] * size[1]
     return Work(bytes=4 * length * cells + 4 * pixels, flops=3 * pixels * length) * batch

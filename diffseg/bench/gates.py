@@ -53,9 +53,7 @@ def attention_gate(case: Case, maps: Sequence[Tensor] | None = None) -> Gate:
     return gate
 
 
-def _oracle_rows(
-    case: Case, maps: Sequence[Tensor] | None, ratios: Sequence[float], item: int, rows: Tensor
-) -> Tensor:
+def _oracle_rows(case: Case, maps: Sequence[Tensor] | None, ratios: Sequence[float], item: int, rows: Tensor) -> Tensor:
     """Rows of A_f in float64, written down anew: not the code of any backend."""
     height, width = case.grid
     rows = rows.to(case.queries[0].device)
@@ -169,7 +167,9 @@ def _check_agreement(found: Tensor, expected: Tensor, items: Sequence[int]) -> N
     for item, one, other in zip(items, found, expected, strict=True):
         share = agreement(one, other)
         if not share >= AGREEMENT:
-            raise GateError(f"image {item}: labels agree with the oracle's on {share:.4%} of pixels, not {AGREEMENT:.1%}")
+            raise GateError(
+                f"image {item}: labels agree with the oracle's on {share:.4%} of pixels, not {AGREEMENT:.1%}"
+            )
 
 
 def agreement(found: Tensor, expected: Tensor) -> float:

@@ -78,12 +78,12 @@ def random_pipeline(device: torch.device, dtype: torch.dtype) -> Any:
         for name, parameter in unet.named_parameters():
             if name.endswith(("attn1.to_q.weight", "attn1.to_k.weight")):
                 parameter *= _SCORE_GAIN
-    parts = (torch.nn.Module.to(part, dtype).eval() for part in (unet, vae, text_encoder))
-    return DiffSegPipeline(*parts, tokenizer)
+    unet, vae, text_encoder = (torch.nn.Module.to(part, dtype).eval() for part in (unet, vae, text_encoder))
+    return DiffSegPipeline(unet, vae, text_encoder, tokenizer)
 
 
 def forward(pipe: Any, pixels: Tensor) -> Callable[[Any], Tensor]:
-    """The bare network on images [B, 3, h, w] in [-1, 1]: the VAE, where there is one, and the UNet, nothing recorded."""
+    """The bare network on images [B, 3, h, w] in [-1, 1]: the VAE, if there is one, and the UNet, nothing recorded."""
     pixels = pixels.to(pipe.unet.device, pipe.unet.dtype)
     context = pipe._context(len(pixels)).to(pixels)
     steps = torch.full((len(pixels),), pipe.config.timestep, device=pixels.device)

@@ -35,7 +35,7 @@ def eager_labels(proposals: ops.Proposals, size: Grid) -> Tensor:
 
 
 def sdpa(queries: Sequence[Tensor], keys: Sequence[Tensor], scales: Sequence[float] | None) -> list[Tensor]:
-    """Fused attention on the same layers, with the keys as values: the products and exponentials of aggregate, no A_f."""
+    """Fused attention on the same layers, keys as values: the products and exponentials of aggregate, without A_f."""
     return [
         F.scaled_dot_product_attention(query, key, key, scale=None if scales is None else scales[layer])
         for layer, (query, key) in enumerate(zip(queries, keys, strict=True))

@@ -45,7 +45,7 @@ class Published:
         for side, maps in zip(SIDES, case.maps, strict=True):
             np.save(Path(self._folder.name, f"{side}.npy"), maps.cpu().numpy())
         words = [segmentor, self._folder.name, case.threshold, rounds, points, torch.get_num_threads()]
-        self._errors = Path(self._folder.name, "errors").open("w+")
+        self._errors = Path(self._folder.name, "errors").open("w+")  # noqa: SIM115  (closed in close)
         self._process = subprocess.Popen(
             [python or sys.executable, str(_WORKER), *map(str, words)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, bufsize=1,

@@ -6,7 +6,7 @@ FOLDER holds the maps [B, heads, n, n] as 64.npy, 32.npy, 16.npy and 8.npy. For 
 writes labels.npy and prints the seconds and the resident memory added, in bytes.
 """
 
-import importlib.util
+import importlib
 import os
 import resource
 import sys
@@ -18,12 +18,10 @@ import numpy as np
 def main() -> None:
     segmentor, folder, threshold, rounds, points, threads = sys.argv[1:]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(int(threads))
-    specification = importlib.util.spec_from_file_location("segmentor", segmentor)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    tensorflow = importlib.import_module("tensorflow")
+    tensorflow.config.threading.set_intra_op_parallelism_threads(int(threads))
+    sys.path.insert(0, os.path.dirname(segmentor))
+    module = importlib.import_module("segmentor")
     weights = [np.load(os.path.join(folder, f"{side}.npy")) for side in (64, 32, 16, 8)]
     published = module.DiffSeg([float(threshold)] * int(rounds), False, int(points))
     print("ready", flush=True)

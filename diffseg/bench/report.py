@@ -52,7 +52,12 @@ def row(record: Record) -> str:
     lines = [f"\n{title} (grid {record['grid'][0]} x {record['grid'][1]}){floor}"]
     lines += aligned([_COLUMNS, *(_cells(each, record) for each in record["contenders"])])
     lines += [f"  {note}" for note in record["notes"]]
-    lines += [f"  {each['name']}: {each['note']}" for each in record["contenders"] if each["note"]]
+    lines += [f"  {'*' if not each['same_work'] else each['name']}: {each['note']}" for each in record["contenders"]
+              if each["note"]]  # fmt: skip
+    lines += [
+        f"  {each['subject']}: {factor(each['times_faster']['median'])} times faster than {each['peer']}"
+        for each in record["against_peers"]
+    ]
     if record["stage"] == "pipeline":
         lines += [
             f"  {each['name']}: p50 {seconds(each['seconds']['median'])}, p99 {seconds(each['p99_seconds'])}, "

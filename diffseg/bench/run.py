@@ -21,7 +21,7 @@ from .cases import Unavailable
 from .cost import Ceilings
 from .gates import GateError
 from .suite import Plan, Row, Suite
-from .timing import Timed, Timer, percentile, ratio
+from .timing import Contender, Timed, Timer, percentile, ratio
 
 Record = dict[str, Any]
 
@@ -79,7 +79,7 @@ def run_row(suite: Suite, row: Row, timer: Timer, limits: Ceilings) -> Record:
     try:
         plan = suite.plan(row)
         record["notes"] = plan.notes
-        timed = gated(plan, timer)
+        timed = gated(plan.contenders, plan.inputs, timer)
         timed = timer.race(timed, plan.inputs)
     except Unavailable as reason:
         return {**record, "state": "skipped", "reason": str(reason)}
@@ -90,11 +90,11 @@ def run_row(suite: Suite, row: Row, timer: Timer, limits: Ceilings) -> Record:
     return {**record, "state": "measured", **_figures(row, plan, timed, limits)}
 
 
-def gated(plan: Plan, timer: Timer) -> list[Timed]:
+def gated(contenders: Sequence[Contender], inputs: Sequence[Any], timer: Timer) -> list[Timed]:
     """The first call of each contender, timed, its result checked; GateError stops the row."""
     found = []
-    for contender in plan.contenders:
-        timed, result = timer.first(contender, plan.inputs[0])
+    for contender in contenders:
+        timed, result = timer.first(contender, inputs[0])
         if contender.check is not None:
             try:
                 contender.check(result)
@@ -114,7 +114,21 @@ def _figures(row: Row, plan: Plan, timed: Sequence[Timed], limits: Ceilings) -> 
         "precision": plan.precision,
         "floor_seconds": floor,
         "contenders": [_entry(each, baseline, row, floor) for each in timed],
+        "against_peers": _against_peers(timed),
     })  # fmt: skip
+
+
+def _against_peers(timed: Sequence[Timed]) -> list[Record]:
+    """How many times faster the fastest subject is than each peer."""
+    subjects = [each for each in timed if each.contender.role == "subject"]
+    if not subjects:
+        return []
+    best = min(subjects, key=lambda each: each.spread.median)
+    return [
+        {"subject": best.contender.name, "peer": each.contender.name, "times_faster": ratio(best, each)._asdict()}
+        for each in timed
+        if each.contender.role == "peer"
+    ]
 
 
 def _entry(timed: Timed, baseline: Timed, row: Row, floor: float | None) -> Record:

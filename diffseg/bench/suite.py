@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ class Suite:
             return cases.sd14(row.size, row.batch, self.device, dtype)
         if row.case == "thin":
             layers = [
-                cost.Layer(tuple(cases.side_of(side, layer) for side in row.size), 2, 40)  # type: ignore[arg-type]
+                cost.Layer((cases.side_of(row.size[0], layer), cases.side_of(row.size[1], layer)), 2, 40)
                 for layer in cost.SD14[::5]
             ]
             return cases.structured("thin", layers, row.size, row.batch, self.device, dtype)
@@ -191,7 +192,7 @@ class Suite:
 
     def _subjects(self, op: str, dtype: torch.dtype, run: Callable[[Any, str], Any], check: Any) -> list[Contender]:
         return [
-            Contender(name, "subject", lambda given, name=name: run(given, name), check, recordable=True)  # type: ignore[misc]
+            Contender(name, "subject", partial(_with, run, name), check, recordable=True)
             for name in self.backends(op, dtype)
         ]
 
@@ -206,9 +207,7 @@ class Suite:
 
         def run(given: Any, backend: str) -> Any:
             queries, keys, rows = given
-            return ops.aggregate(
-                queries, keys, grids=case.grids, scales=case.scales, logsumexps=rows, backend=backend
-            )
+            return ops.aggregate(queries, keys, grids=case.grids, scales=case.scales, logsumexps=rows, backend=backend)
 
         contenders = self._subjects("aggregate", dtype, run, check)
         contenders += [
@@ -266,9 +265,12 @@ class Suite:
     def _eager(self, run: Callable[[Any, str], Any], check: Any, minus: Any = None) -> list[Contender]:
         return [
             Contender(
-                f"eager, {walk} walk", "baseline", lambda given, walk=walk: run(given, walk), check,  # type: ignore[misc]
-                minus=minus and (lambda given, walk=walk: minus(given, walk)),  # type: ignore[misc]
-            )  # fmt: skip
+                f"eager, {walk} walk",
+                "baseline",
+                partial(_with, run, walk),
+                check,
+                minus=None if minus is None else partial(_with, minus, walk),
+            )
             for walk in peers.WALKS
         ]
 
@@ -306,9 +308,7 @@ class Suite:
         ]  # fmt: skip
 
     def _first_round_work(self, row: Row, density: float) -> Work:
-        return cost.first_round(
-            row.cells, row.anchors**2, density=density, products=self._products(), batch=row.batch
-        )
+        return cost.first_round(row.cells, row.anchors**2, density=density, products=self._products(), batch=row.batch)
 
     def _products(self) -> int:
         return cost.SPLIT_PRODUCTS if self.device.type == "cuda" else 1
@@ -323,11 +323,9 @@ class Suite:
         contenders = self._subjects("merge", attention.dtype, by_backend, check)
         for each in contenders:
             each.recordable = False
-            each.minus = lambda given, name=each.name: first_by_backend(given, name)
+            each.minus = partial(_with, first_by_backend, each.name)
         contenders += self._eager(eagerly, check, minus=first_eagerly)
-        work = cost.later_rounds(
-            row.cells, row.anchors**2, ITERATIONS - 1, products=self._products(), batch=row.batch
-        )
+        work = cost.later_rounds(row.cells, row.anchors**2, ITERATIONS - 1, products=self._products(), batch=row.batch)
         notes = ["the difference of three rounds and one, sample by sample"]
         return Plan(cases.rotated(attention, self.device), contenders, work, self._merge_precision(), notes)
 
@@ -400,7 +398,11 @@ class Suite:
         merge = self._first_round_work(row, density) + cost.later_rounds(
             row.cells, row.anchors**2, ITERATIONS - 1, products=self._products(), batch=row.batch
         )
-        return self._aggregate_work(case) + merge + cost.label(row.cells, float(labels.max()) + 1, case.size, batch=row.batch)
+        return (
+            self._aggregate_work(case)
+            + merge
+            + cost.label(row.cells, float(labels.max()) + 1, case.size, batch=row.batch)
+        )
 
     def _published(self, row: Row) -> Plan:
         case = self.case(row)
@@ -483,8 +485,14 @@ class Suite:
         contenders = self._subjects(row.case, attention.dtype, run, check)
         contenders.append(Contender("eager", "baseline", lambda each: run(each, "reference"), check))
         addend = torch.zeros(16, device=self.device)
-        contenders.append(Contender("one torch.add", "peer", lambda _: addend + 1, note="other work: a torch call's cost"))
+        contenders.append(
+            Contender("one torch.add", "peer", lambda _: addend + 1, note="other work: a torch call's cost")
+        )
         return Plan([given], contenders)
+
+
+def _with(run: Callable[[Any, str], Any], way: str, given: Any) -> Any:
+    return run(given, way)
 
 
 def memory_needed(row: Row) -> float:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +20,7 @@ Role = Literal["subject", "baseline", "peer"]
 
 SHORTEST_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 40
-_LONG, _VERY_LONG = 2.0, 8.0  # seconds: calls of which two samples, and one, must do
+_LONG, _VERY_LONG = 2.0, 5.0  # seconds: of such calls two samples must do, or the first call alone
 
 
 @dataclass
@@ -87,20 +88,26 @@ class Timer:
 
     def first(self, contender: Contender, given: Any) -> tuple[Timed, Any]:
         """The first call, timed, and its result."""
-        self._wait()
+        result: Any = None
+
+        def call() -> None:
+            nonlocal result
+            result = contender.run(given)
+            self._wait()
+
         start = time.perf_counter()
-        result = contender.run(given)
-        self._wait()
+        memory = None if contender.elsewhere else self._memory(call)
         seconds = time.perf_counter() - start
         if contender.elsewhere:
+            call()
             return Timed(contender, "elsewhere", result.seconds, result.memory), result
-        return Timed(contender, "events" if self.device.type == "cuda" else "wall", seconds), result
+        return Timed(contender, "events" if self.device.type == "cuda" else "wall", seconds, memory), result
 
     def race(self, timed: Sequence[Timed], inputs: Sequence[Any]) -> list[Timed]:
         """Fills in memory and samples; on a GPU adds a twin of each recordable contender, timed as a recorded graph."""
         for each in timed:
-            if not each.contender.elsewhere:
-                each.memory = self._memory(lambda each=each: each.contender.run(inputs[0]))  # type: ignore[misc]
+            if not each.contender.elsewhere and each.cold < _LONG:  # the first call loads and compiles
+                each.memory = self._memory(partial(each.contender.run, inputs[0]))
         entrants = [(each, self._sampler(each.contender, inputs)) for each in timed]
         for each in timed:
             if self.device.type == "cuda" and each.contender.recordable:
@@ -115,11 +122,14 @@ class Timer:
         return [each for each, *_ in plans]
 
     def _rounds(self, timed: Timed, sample: Callable[[int, int], float]) -> tuple[int, int]:
-        """Calls a sample and samples, from a trial that counts as a warm-up; a very long first call has warmed up."""
-        seconds = timed.cold if timed.cold > _VERY_LONG else sample(0, 1)
-        repeats = max(1, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-7)))
+        """Calls a sample and samples still to take, from a trial that counts as a warm-up."""
+        if timed.cold > _VERY_LONG and timed.contender.minus is None:
+            timed.samples.append(timed.cold)
+            return 1, 0
+        seconds = sample(0, 1)
         if seconds > _LONG:
-            return 1, 1 if seconds > _VERY_LONG else 2
+            return 1, 2
+        repeats = max(1, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-7)))
         fewest = _FEWEST_ROUNDS if self.seconds >= 1 else 3
         return repeats, min(_MOST_ROUNDS, max(fewest, int(self.seconds / (seconds * repeats))))
 
