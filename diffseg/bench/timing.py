@@ -20,7 +20,7 @@ Role = Literal["subject", "baseline", "peer"]
 
 SHORTEST_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 40
-_LONG, _VERY_LONG = 2.0, 5.0  # seconds: of such calls two samples must do, or the first call alone
+_LONG, _VERY_LONG = 2.0, 10.0  # seconds: of such calls two samples must do, or the first call alone
 
 
 @dataclass
@@ -123,11 +123,11 @@ class Timer:
 
     def _rounds(self, timed: Timed, sample: Callable[[int, int], float]) -> tuple[int, int]:
         """Calls a sample and samples still to take, from a trial that counts as a warm-up."""
-        if timed.cold > _VERY_LONG and timed.contender.minus is None:
+        if timed.cold > max(_VERY_LONG, self.seconds) and timed.contender.minus is None:
             timed.samples.append(timed.cold)
             return 1, 0
         seconds = sample(0, 1)
-        if seconds > _LONG:
+        if seconds > max(_LONG, self.seconds):
             return 1, 2
         repeats = max(1, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-7)))
         fewest = _FEWEST_ROUNDS if self.seconds >= 1 else 3
