@@ -25,6 +25,7 @@ SANITIZED := build/sanitize
 SANITIZER_RUNTIMES = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so)
 sanitize: $(VENV)/tested
 	DIFFSEG_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED)
+	test -n "$$(ls $(SANITIZED)/lib*/diffseg/_cpu*.so)"
 	PYTHONPATH="$$(ls -d $(CURDIR)/$(SANITIZED)/lib*)" LD_PRELOAD="$(SANITIZER_RUNTIMES)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	$(BIN)/python -P -m pytest -p no:faulthandler -p no:cacheprovider tests/test_cpu_aggregate.py tests/test_cpu_merge.py tests/test_cpu_label.py

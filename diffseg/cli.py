@@ -15,7 +15,7 @@ from typing import Any
 from . import __version__
 from .backends import BACKENDS, available_backends, explain_backends
 from .bench import command as benchmark
-from .ops import RULES
+from .checks import RULES
 
 STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4"
 

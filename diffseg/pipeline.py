@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from . import backends, ops
 from . import images as image_io
 from .capture import record_attention
+from .checks import check_integer, check_pair, check_rule, check_thresholds, check_weight_scheme
 from .ops import Proposals, Rule, Weights
 from .reference import Grid
 from .visualize import label_image
@@ -145,14 +146,14 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         """
         if output_type not in ("np", "pt", "pil"):
             raise ValueError(f"output_type: expected 'np', 'pt' or 'pil', got {output_type!r}")
-        ops._check_integer("batch_size", batch_size, 1)
+        check_integer("batch_size", batch_size, 1)
         timestep = self.config.timestep if timestep is None else timestep
-        ops._check_integer("timestep", timestep, 0)
+        check_integer("timestep", timestep, 0)
         threshold = self.config.threshold if threshold is None else threshold
-        ops._check_thresholds(threshold, iterations)
-        ops._check_integer("anchors", anchors, 1)
-        ops._check_rule(rule)
-        ops._check_scheme(weights)
+        check_thresholds(threshold, iterations)
+        check_integer("anchors", anchors, 1)
+        check_rule(rule)
+        check_weight_scheme(weights)
         backends.check_name(backend)
         given = image_io.as_list(image)
         if not given:
@@ -265,10 +266,10 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         """The (height, width) at which an image of ``size`` is processed."""
         wanted: tuple[float, float]
         if isinstance(resolution, Sequence):
-            wanted = ops._check_pair("processing_resolution", resolution)
+            wanted = check_pair("processing_resolution", resolution)
         else:
             longer = self._default_resolution() if resolution is None else resolution
-            ops._check_integer("processing_resolution", longer, 1)
+            check_integer("processing_resolution", longer, 1)
             wanted = (longer * size[0] / max(size), longer * size[1] / max(size))
         height, width = (max(1, round(side / self.size_multiple)) * self.size_multiple for side in wanted)
         return height, width

@@ -346,9 +346,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "label: float64 on the kernel": (
         label(proposals(maps=torch.ones(2, 3, 16).double()), backend="cpu"), ValueError,
         "backend='cpu' cannot run label here: expected torch.float32, got torch.float64"),
-    "label: another device on the kernel": (
-        label(Proposals(meta(torch.ones(2, 3, 16)), meta(COUNTS["int64"].int()), (4, 4)), backend="cpu"), ValueError,
-        "backend='cpu' cannot run label here: expected tensors on cpu, got meta"),
     # segment: all of it before the first op
     "segment: queries": (segment(torch.ones(1, 2, 16, 4)), TypeError, "queries: expected a list, one item a layer"),
     "segment: keys": (segment(None, queries()[:1]), ValueError, "keys: expected 2 items, one a layer, got 1"),

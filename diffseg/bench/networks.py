@@ -85,7 +85,8 @@ def random_pipeline(device: torch.device, dtype: torch.dtype) -> Any:
 def forward(pipe: Any, pixels: Tensor) -> Callable[[Any], Tensor]:
     """The bare network on images [B, 3, h, w] in [-1, 1]: the VAE, if there is one, and the UNet, nothing recorded."""
     pixels = pixels.to(pipe.unet.device, pipe.unet.dtype)
-    context = pipe._context(len(pixels)).to(pixels)
+    tokens = 1 if pipe.text_encoder is None else pipe.text_encoder.config.max_position_embeddings
+    context = pixels.new_zeros(len(pixels), tokens, pipe.unet.config.cross_attention_dim)
     steps = torch.full((len(pixels),), pipe.config.timestep, device=pixels.device)
 
     @torch.no_grad()
@@ -149,5 +150,5 @@ def _pipeline(pipe: Any, row: Row, settings: Settings) -> tuple[Any, ...]:
         BACKENDS[name].can_run(op, settings.device, torch.float32) for op in ("aggregate", "merge", "label")
     )]  # fmt: skip
     contenders = [Contender(f"pipe, {name}", "subject", labels(name), check) for name in able]
-    contenders.append(Contender("bare VAE + UNet", "baseline", bare, None, note="other work: no labels"))
+    contenders.append(Contender("bare VAE + UNet", "baseline", bare, recordable=True, note="other work: no labels"))
     return [given], contenders

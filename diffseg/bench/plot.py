@@ -63,7 +63,7 @@ def _bars(axis: Any, rows: list[Record]) -> None:
                 high.append(max(0.0, faster["p80"] - faster["median"]))
     axis.barh(names, values, xerr=[low, high], color="tab:blue", ecolor="0.3", capsize=2)
     axis.axvline(1, color="0.5", linewidth=1)
-    axis.set_xlabel("times faster than the eager baseline (bars: median, lines: 20th to 80th percentile)")
+    axis.set_xlabel("times faster than the row's baseline (bars: median, lines: 20th to 80th percentile)")
     axis.tick_params(axis="y", labelsize=7)
     axis.invert_yaxis()
 

@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -111,8 +111,11 @@ class Timer:
         entrants = [(each, self._sampler(each.contender, inputs)) for each in timed]
         for each in timed:
             if self.device.type == "cuda" and each.contender.recordable:
-                twin, sampler = self._recorded(each, inputs)
-                entrants.append((twin, sampler))
+                try:
+                    entrants.append(self._recorded(each, inputs))
+                except RuntimeError as error:
+                    self._wait()
+                    each.contender.note += f" (not recorded: {str(error).splitlines()[0]})"
         plans = [(each, sample, *self._rounds(each, sample)) for each, sample in entrants]
         for number in range(max(rounds for *_, rounds in plans)):
             order = plans if number % 2 == 0 else plans[::-1]
@@ -147,11 +150,12 @@ class Timer:
         return sample
 
     def _recorded(self, timed: Timed, inputs: Sequence[Any]) -> tuple[Timed, Callable[[int, int], float]]:
+        """A twin whose samples are replays of graphs, one an input. Raises RuntimeError where it cannot be recorded."""
         contender = timed.contender
-        graphs = []
+        graphs, pool = [], torch.cuda.graph_pool_handle()
         for given in inputs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool):
                 contender.run(given)
             graphs.append(graph)
 
@@ -159,8 +163,8 @@ class Timer:
             chosen = [graphs[(number * repeats + i) % len(graphs)] for i in range(repeats)]
             return self._seconds(lambda graph: graph.replay(), chosen) / repeats
 
-        twin = Contender(f"{contender.name}, recorded", contender.role, contender.run, contender.check)
-        return Timed(twin, "graph", math.nan, timed.memory), sample
+        twin = replace(contender, name=f"{contender.name}, recorded", recordable=False)
+        return Timed(twin, "graph", memory=timed.memory), sample
 
     def _seconds(self, run: Callable[[Any], Any], chosen: Sequence[Any]) -> float:
         if self.device.type == "cuda":

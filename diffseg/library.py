@@ -1,0 +1,134 @@
+"""The ops as ``torch.library`` operators, ``torch.ops.diffseg.*``, so that ``torch.compile`` sees opaque ops.
+
+Each runs the backend that :mod:`diffseg.backends` chooses; grids are flat, h_0, w_0, h_1, w_1, ... Fakes give shapes
+only. The functions of :mod:`diffseg.ops` check the arguments and call these; nothing else should.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .reference import Grid
+
+_LIBRARY = torch.library.Library("diffseg", "DEF")
+
+
+def _operator(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"diffseg::{name}", fake, lib=_LIBRARY)
+
+
+def _pairs(flat: Sequence[int]) -> list[Grid]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _cells(grids: Sequence[int]) -> int:
+    return max(height * width for height, width in _pairs(grids))
+
+
+def _aggregate(
+    queries: list[Tensor],
+    keys: list[Tensor],
+    grids: list[int],
+    scales: list[float],
+    logsumexps: list[Tensor] | None,
+    ratios: list[float],
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    first, width = queries[0], max(query.shape[3] for query in queries)
+    run = backends.implementation(backend, "aggregate", first.device, first.dtype, width=width, storage=dtype)
+    return run(queries, keys, _pairs(grids), scales, logsumexps, ratios, dtype)
+
+
+def _aggregate_fake(
+    queries: list[Tensor],
+    keys: list[Tensor],
+    grids: list[int],
+    scales: list[float],
+    logsumexps: list[Tensor] | None,
+    ratios: list[float],
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    cells = _cells(grids)
+    return queries[0].new_empty(queries[0].shape[0], cells, cells, dtype=dtype)
+
+
+def _aggregate_maps(
+    maps: list[Tensor], grids: list[int], ratios: list[float], dtype: torch.dtype, backend: str
+) -> Tensor:
+    run = backends.implementation(backend, "aggregate_maps", maps[0].device, maps[0].dtype, storage=dtype)
+    return run(maps, _pairs(grids), ratios, dtype)
+
+
+def _aggregate_maps_fake(
+    maps: list[Tensor], grids: list[int], ratios: list[float], dtype: torch.dtype, backend: str
+) -> Tensor:
+    cells = _cells(grids)
+    return maps[0].new_empty(maps[0].shape[0], cells, cells, dtype=dtype)
+
+
+def _merge(
+    attention: Tensor, grid: list[int], anchors: list[int], thresholds: list[float], rule: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    run = backends.implementation(backend, "merge", attention.device, attention.dtype, anchors=len(anchors))
+    return run(attention, tuple(grid), anchors, thresholds, rule)
+
+
+def _merge_fake(
+    attention: Tensor, grid: list[int], anchors: list[int], thresholds: list[float], rule: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(attention.dtype, torch.float32)
+    maps = attention.new_empty(attention.shape[0], len(anchors), attention.shape[2], dtype=dtype)
+    return maps, attention.new_empty(attention.shape[0], dtype=torch.int32)
+
+
+def _label(maps: Tensor, counts: Tensor, grid: list[int], size: list[int], backend: str) -> Tensor:
+    run = backends.implementation(backend, "label", maps.device, maps.dtype)
+    return run(maps, counts, tuple(grid), tuple(size))
+
+
+def _label_fake(maps: Tensor, counts: Tensor, grid: list[int], size: list[int], backend: str) -> Tensor:
+    return maps.new_empty((maps.shape[0], *size), dtype=torch.int32)
+
+
+def _refine(attention: Tensor, maps: Tensor, counts: Tensor, max_iterations: int) -> tuple[Tensor, Tensor]:
+    return reference.refine(attention, maps, counts, max_iterations)
+
+
+def _refine_fake(attention: Tensor, maps: Tensor, counts: Tensor, max_iterations: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(maps), torch.empty_like(counts)
+
+
+_operator(
+    "aggregate(Tensor[] queries, Tensor[] keys, int[] grids, float[] scales, Tensor[]? logsumexps, float[] ratios, "
+    "ScalarType dtype, str backend) -> Tensor",
+    _aggregate,
+    _aggregate_fake,
+)
+_operator(
+    "aggregate_maps(Tensor[] maps, int[] grids, float[] ratios, ScalarType dtype, str backend) -> Tensor",
+    _aggregate_maps,
+    _aggregate_maps_fake,
+)
+_operator(
+    "merge(Tensor attention, int[] grid, int[] anchors, float[] thresholds, str rule, str backend) -> (Tensor, Tensor)",
+    _merge,
+    _merge_fake,
+)
+_operator("label(Tensor maps, Tensor counts, int[] grid, int[] size, str backend) -> Tensor", _label, _label_fake)
+_operator(
+    "refine(Tensor attention, Tensor maps, Tensor counts, int max_iterations) -> (Tensor, Tensor)",
+    _refine,
+    _refine_fake,
+)
+
+ops: Any = torch.ops.diffseg

@@ -1,0 +1,98 @@
+"""The ops as torch.library operators: shapes of the fakes, and whole-graph compilation."""
+
+import pytest
+import torch
+
+import diffseg
+
+BACKENDS = ("cpu", "reference")
+GRIDS = [(8, 6), (4, 3)]
+
+
+def layers(batch=2, grids=GRIDS, depth=8):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        [torch.randn(batch, 2, height * width, depth, generator=generator) for height, width in grids] for _ in range(2)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before():
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operators_pass_opcheck(backend):
+    queries, keys = layers()
+    flat, ratios, dtype = [8, 6, 4, 3], [0.75, 0.25], torch.float32
+    logsumexps = [torch.logsumexp(query @ key.mT * 0.5, -1) for query, key in zip(queries, keys, strict=True)]
+    operators = torch.ops.diffseg
+    attention = operators.aggregate(queries, keys, flat, [0.5, 0.5], None, ratios, dtype, backend)
+    maps, counts = operators.merge(attention, [8, 6], [0, 7, 21, 40], [0.3, 0.3], "paper", backend)
+    for operator, arguments in (
+        (operators.aggregate, (queries, keys, flat, [0.5, 0.5], None, ratios, dtype, backend)),
+        (operators.aggregate, (queries, keys, flat, [0.5, 0.5], logsumexps, ratios, torch.bfloat16, backend)),
+        (operators.aggregate_maps, ([attention[:, None]], [8, 6], [1.0], dtype, backend)),
+        (operators.merge, (attention, [8, 6], [0, 7, 21, 40], [0.3, 0.3], "paper", backend)),
+        (operators.merge, (attention.bfloat16(), [8, 6], [0, 7], [0.3], "official", backend)),
+        (operators.label, (maps, counts, [8, 6], [13, 11], backend)),
+        (operators.refine, (attention, maps, counts, 5)),
+    ):
+        torch.library.opcheck(operator.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"backend": "reference", "rule": "official"},
+        {"refine": True},
+        {"weights": [2.0, 1.0], "scales": [0.5, 0.25]},
+        {"iterations": 2, "threshold": [0.3, 0.6], "anchors": [0, 5, 30]},
+    ],
+    ids=str,
+)
+def test_segment_compiles_into_one_graph(options):
+    queries, keys = layers()
+
+    def segment(queries, keys):
+        return diffseg.segment(queries, keys, (20, 14), grids=GRIDS, **{"anchors": 4, "threshold": 0.3, **options})
+
+    compiled = torch.compile(segment, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(queries, keys), segment(queries, keys))
+    other = [[tensor[:1] for tensor in each] for each in layers()]
+    assert torch.equal(compiled(*other), segment(*other))
+
+
+def test_operators_stay_opaque_to_the_compiler():
+    queries, keys = layers()
+    seen = []
+
+    def note(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch.compile(lambda q, k: diffseg.segment(q, k, (16, 12), grids=GRIDS, anchors=4), backend=note, fullgraph=True)(
+        queries, keys
+    )
+    assert [name for name in seen if name.startswith("diffseg.")] == [
+        "diffseg.aggregate", "diffseg.merge", "diffseg.label",
+    ]  # fmt: skip
+
+
+def test_compiled_bad_input_is_refused_as_it_is_eagerly():
+    queries, keys = layers()
+    compiled = torch.compile(
+        lambda q, k: diffseg.segment(q, k, (16, 12), grids=GRIDS, anchors=9), backend="aot_eager", fullgraph=True
+    )
+    with pytest.raises(Exception, match="anchors: expected 1 to 6 anchors a side"):
+        compiled(queries, keys)
+
+
+def test_gradients_are_refused():
+    queries, keys = layers()
+    queries[1].requires_grad_()
+    with pytest.raises(ValueError, match=r"queries\[1\]: requires grad"):
+        diffseg.segment(queries, keys, (16, 12), grids=GRIDS, anchors=4)
+    with torch.no_grad():
+        diffseg.segment(queries, keys, (16, 12), grids=GRIDS, anchors=4)
