@@ -44,10 +44,11 @@ within() {
 
 install() {
     if compgen -G "$root/wheels/*.whl" >/dev/null; then
-        "$python" -m pip install --quiet --no-index --no-deps --target /tmp/diffseg-wheels --upgrade "$root"/wheels/*.whl || return
+        "$python" -m pip install --quiet --no-index --no-deps --upgrade --target /tmp/diffseg-wheels \
+            "$root"/wheels/*.whl || return
         export PYTHONPATH=/tmp/diffseg-wheels${PYTHONPATH:+:$PYTHONPATH}
     fi
-    if ! "$python" -P -c "import diffseg._cuda" 2>/dev/null; then
+    if [ "$phase" = build-test ] || ! "$python" -P -c "import diffseg._cuda" 2>/dev/null; then
         "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable . || return
     fi
     "$python" -P -m diffseg.cli info
@@ -60,9 +61,11 @@ bench() {
 }
 
 run_build_test() {
-    "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable . 2>&1 | tee -a "$out/$phase.log"
     local files
     mapfile -t files < <(grep -lE 'mark\.gpu' tests/test_*.py)
+    if ! "$python" -c "import diffusers" 2>/dev/null; then
+        mapfile -t files < <(grep -LE '\bdiffusers\b' "${files[@]}")
+    fi
     within "tests marked gpu" "$python" -P -m pytest -m gpu "${files[@]}" -q --durations=10 --junitxml "$out/gpu-tests.xml"
 }
 
@@ -103,5 +106,5 @@ run_profile() {
     return $status
 }
 
-install 2>&1 | tee "$out/$phase.log" || exit 1
+install > >(tee "$out/$phase.log") 2>&1 || exit 1
 "run_${phase//-/_}"
