@@ -35,11 +35,7 @@ def main() -> None:
         return
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
-    spent = {
-        event.key: event.self_device_time_total
-        for event in profile.key_averages()
-        if OWN.search(event.key)
-    }
+    spent = {event.key: event.self_device_time_total for event in profile.key_averages() if OWN.search(event.key)}
     for name in sorted(spent, key=lambda each: -spent[each])[:2]:
         print(re.findall(r"\w+_kernel", name)[0])
 

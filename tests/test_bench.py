@@ -209,7 +209,7 @@ def test_rounds_are_differences() -> None:
     calls.clear()
     Timer(CPU, 0.0).race([timed], [None])
     assert calls.count("part") >= 3
-    assert all(abs(sample) < 1e-3 for sample in timed.samples)
+    assert all(abs(sample) < 0.1 for sample in timed.samples)
 
 
 def test_ratio_is_taken_round_by_round() -> None:

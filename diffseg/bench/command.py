@@ -17,7 +17,7 @@ from .run import Journal, Record, check_backends, run_rows
 from .suite import STAGES, Settings, Suite
 from .timing import Timer
 
-SECONDS, QUICK_SECONDS = 1.0, 0.1
+SECONDS, SUBSET_SECONDS, QUICK_SECONDS = 1.0, 0.5, 0.1
 QUICK_SIZE = "320"
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -37,7 +37,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=_DTYPES, help="of queries, keys and networks (default: float16 on cuda)")
     parser.add_argument("--quick", action="store_true", help=f"size {QUICK_SIZE}, fewest samples")
-    parser.add_argument("--seconds", type=float, help=f"of sampling a contender (default: {SECONDS})")
+    parser.add_argument(
+        "--seconds", type=float, help=f"of sampling a contender (default: {SECONDS}, in the subset {SUBSET_SECONDS})"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write what was measured, after every row")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw it, as .png or .svg (needs matplotlib)")
     parser.add_argument("--published", type=Path, metavar="PATH", help="a checkout of the published TensorFlow code")
@@ -100,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     journal = Journal(options.json, command_line(options), settings.device, limits)
     line = ceilings.machine_line(journal.contents["machine"])
     print(report.header(journal.contents, line), flush=True)
-    seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
+    seconds = options.seconds or (QUICK_SECONDS if options.quick else SUBSET_SECONDS if settings.subset else SECONDS)
     interrupted = False
     try:
         with Suite(settings) as suite, torch.no_grad():

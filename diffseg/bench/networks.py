@@ -145,7 +145,7 @@ def _pipeline(pipe: Any, row: Row, settings: Settings) -> tuple[Any, ...]:
 
     expected = labels("reference")(given)
     check = gates.labels_gate(expected)
-    names = settings.backends or tuple(BACKENDS)
+    names = settings.backends or [name for name in BACKENDS if name != "reference"]
     able = [name for name in names if all(
         BACKENDS[name].can_run(op, settings.device, torch.float32) for op in ("aggregate", "merge", "label")
     )]  # fmt: skip

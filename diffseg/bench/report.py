@@ -30,6 +30,10 @@ def factor(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
+def _comparison(value: float) -> str:
+    return f"{factor(value)} times faster" if value >= 1 else f"{factor(1 / value)} times slower"
+
+
 def header(contents: Record, line: str) -> str:
     limits = contents["ceilings"]
     products = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in limits["products"].items() if value)
@@ -55,7 +59,7 @@ def row(record: Record) -> str:
     lines += [f"  {'*' if not each['same_work'] else each['name']}: {each['note']}" for each in record["contenders"]
               if each["note"]]  # fmt: skip
     lines += [
-        f"  {each['subject']}: {factor(each['times_faster']['median'])} times faster than {each['peer']}"
+        f"  {each['subject']}: {_comparison(each['times_faster']['median'])} than {each['peer']}"
         for each in record["against_peers"]
     ]
     if record["stage"] == "pipeline":

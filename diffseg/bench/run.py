@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -72,6 +73,7 @@ def run_rows(suite: Suite, timer: Timer, limits: Ceilings, journal: Journal, sho
 
 def run_row(suite: Suite, row: Row, timer: Timer, limits: Ceilings) -> Record:
     """Gates, then times, the contenders of a row."""
+    start = time.perf_counter()
     record: Record = {
         "name": str(row), "stage": row.stage, "case": row.case, "size": list(row.size), "grid": list(row.grid),
         "batch": row.batch, "anchors": row.anchors, "series": row.series, "contenders": [],
@@ -87,6 +89,7 @@ def run_row(suite: Suite, row: Row, timer: Timer, limits: Ceilings) -> Record:
         return {**record, "state": "failed", "reason": str(error)}
     except (RuntimeError, ValueError, MemoryError) as error:
         return {**record, "state": "failed", "reason": f"{type(error).__name__}: {error}"}
+    record["elapsed_seconds"] = time.perf_counter() - start
     return {**record, "state": "measured", **_figures(row, plan, timed, limits)}
 
 

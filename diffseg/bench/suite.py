@@ -25,6 +25,7 @@ ITERATIONS = 3
 ANCHORS = 16
 GROWING_SIZES = (256, 384, 512, 768)  # grids of 32, 48, 64 and 96 a side
 GROWING_ANCHORS = (8, 16, 32)
+_TINY = (32, 32)  # an image whose grid is 4 x 4
 
 STAGES = {
     "aggregate": "A_f from queries and keys",
@@ -117,9 +118,9 @@ class Suite:
         settings = self.settings
         for size in settings.sizes:
             for batch in settings.batches:
-                for stage in settings.stages or [each for each in STAGES if each != "growth"]:
-                    if stage != "growth":
-                        yield from (Row(stage, case, size, batch) for case in self._cases_of(stage, size))
+                for stage in settings.stages or STAGES:
+                    given = _TINY if stage == "call" else size
+                    yield from (Row(stage, case, given, batch) for case in self._cases_of(stage, size))
         if settings.subset or "growth" in settings.stages:
             yield from self._growing()
 
@@ -130,6 +131,8 @@ class Suite:
         yield from (Row("merge", "thin", anchors=anchors, series="anchors") for anchors in GROWING_ANCHORS)
 
     def _cases_of(self, stage: str, size: Grid) -> list[str]:
+        if stage == "growth":  # has sizes of its own
+            return []
         if stage == "call":
             return list(OPS)
         if stage in ("capture", "pipeline"):
@@ -274,6 +277,10 @@ class Suite:
             for walk in peers.WALKS
         ]
 
+    def _walks(self) -> int:
+        """How many of the eager walks to time in a whole stage: on a CPU they differ by less than the rest varies."""
+        return len(peers.WALKS) if self.device.type == "cuda" else 1
+
     def _round1(self, row: Row) -> Plan:
         attention, threshold, anchors, by_backend, eagerly = self._merging(row, 1)
         check, density = gates.first_round_gate(attention, row.grid, anchors, threshold)
@@ -377,7 +384,7 @@ class Suite:
         expected = eagerly((case.queries, case.keys, case.logsumexps), "host")
         check = gates.labels_gate(expected)
         dtype = case.queries[0].dtype
-        contenders = self._subjects("aggregate", dtype, run, check) + self._eager(eagerly, check)
+        contenders = self._subjects("aggregate", dtype, run, check) + self._eager(eagerly, check)[: self._walks()]
         if not self.settings.subset and peers.kmeans_missing() is None:
             clusters = int(expected[0].max()) + 1
             attention = case.attention
@@ -423,7 +430,8 @@ class Suite:
             return ops.label(proposals, case.size, backend="reference")
 
         check = gates.labels_gate(eagerly([maps.double() for maps in case.maps], "host"))
-        contenders = self._subjects("aggregate_maps", torch.float32, run, check) + self._eager(eagerly, check)
+        contenders = self._subjects("aggregate_maps", torch.float32, run, check)
+        contenders += self._eager(eagerly, check)[: self._walks()]
         contenders.append(
             Contender(
                 "literal broadcast form", "peer", peers.literal_from_maps(case, anchors, ITERATIONS), check,
@@ -455,8 +463,8 @@ class Suite:
         )  # fmt: skip
 
     def _call(self, row: Row) -> Plan:
-        layers = [cost.Layer((4, 4), 1, 8), cost.Layer((2, 2), 1, 8)]
-        case = cases.structured("tiny", layers, (8, 8), row.batch, self.device, self.settings.dtype, given=False)
+        layers = [cost.Layer(row.grid, 1, 8), cost.Layer((2, 2), 1, 8)]
+        case = cases.structured("tiny", layers, row.size, row.batch, self.device, self.settings.dtype, given=False)
         attention = case.attention
         proposals = ops.merge(attention, anchors=2, backend="reference")
         op: dict[str, tuple[Any, Callable[[Any, str], Any], Any]] = {
@@ -473,12 +481,14 @@ class Suite:
             "merge": (
                 attention,
                 lambda given, name: ops.merge(given, anchors=2, backend=name),
-                gates.merge_gate(attention, (4, 4), (8, 8), ops.anchor_indices((4, 4), 2), [1.0] * ITERATIONS, "paper"),
+                gates.merge_gate(
+                    attention, row.grid, row.size, ops.anchor_indices(row.grid, 2), [1.0] * ITERATIONS, "paper"
+                ),
             ),
             "label": (
                 proposals,
-                lambda given, name: ops.label(given, (8, 8), backend=name),
-                gates.label_gate(proposals, (8, 8)),
+                lambda given, name: ops.label(given, row.size, backend=name),
+                gates.label_gate(proposals, row.size),
             ),
         }
         given, run, check = op[row.case]

@@ -20,7 +20,7 @@ Role = Literal["subject", "baseline", "peer"]
 
 SHORTEST_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 40
-_LONG, _VERY_LONG = 2.0, 10.0  # seconds: of such calls two samples must do, or the first call alone
+_LONG, _VERY_LONG = 2.0, 10.0  # seconds: of such calls two samples must do, or one
 
 
 @dataclass
@@ -125,15 +125,12 @@ class Timer:
         return [each for each, *_ in plans]
 
     def _rounds(self, timed: Timed, sample: Callable[[int, int], float]) -> tuple[int, int]:
-        """Calls a sample and samples still to take, from a trial that counts as a warm-up."""
-        if timed.cold > max(_VERY_LONG, self.seconds) and timed.contender.minus is None:
-            timed.samples.append(timed.cold)
-            return 1, 0
-        seconds = sample(0, 1)
+        """Calls a sample, and samples, from a trial that counts as a warm-up; a long first call has warmed up."""
+        seconds = timed.cold if timed.cold > _LONG else sample(0, 1)
         if seconds > max(_LONG, self.seconds):
-            return 1, 2
+            return 1, 1 if seconds > _VERY_LONG else 2
         repeats = max(1, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-7)))
-        fewest = _FEWEST_ROUNDS if self.seconds >= 1 else 3
+        fewest = _FEWEST_ROUNDS if self.seconds >= 0.5 else 3
         return repeats, min(_MOST_ROUNDS, max(fewest, int(self.seconds / (seconds * repeats))))
 
     def _sampler(self, contender: Contender, inputs: Sequence[Any]) -> Callable[[int, int], float]:
