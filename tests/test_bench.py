@@ -149,6 +149,7 @@ def test_interrupting_keeps_what_was_measured(
     [
         (["fly"], "STAGE: expected some of aggregate, maps, "),
         (["merge", "--backend", "magic"], "--backend: expected one of cpu, "),
+        (["merge", "--device", "tpu"], "--device tpu: "),
         (["merge", "--batch", "0"], "--batch: expected at least 1, got 0"),
         (["merge", "--published", "nowhere"], "--published: expected a folder, got nowhere"),
         (["pipeline", "--model", "nowhere"], "--model: expected a folder, got nowhere"),
@@ -216,6 +217,8 @@ def test_ratio_is_taken_round_by_round() -> None:
     slow, fast = (Timed(Contender(name, "subject", lambda _: None)) for name in "ab")
     slow.samples, fast.samples = [2.0, 40.0, 6.0], [1.0, 10.0, 3.0, 100.0]  # the second round was disturbed
     assert timing.ratio(fast, slow) == Spread(2.0, pytest.approx(2.0), pytest.approx(3.2))
+    slow.samples = [-1.0, -2.0, 6.0]  # differences, drowned
+    assert timing.ratio(fast, slow) is None
     assert timing.percentile([1.0, 2.0, 3.0, 4.0, 5.0], 20) == pytest.approx(1.8)
 
 

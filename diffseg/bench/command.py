@@ -53,7 +53,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
     unknown = [stage for stage in options.stages if stage not in STAGES]
     if unknown:
         raise RequestError(f"STAGE: expected some of {', '.join(STAGES)}, got {unknown[0]!r}")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if min(options.batch) < 1:
         raise RequestError(f"--batch: expected at least 1, got {min(options.batch)}")
     if options.published is not None and not options.published.is_dir():
@@ -77,6 +77,13 @@ def settings_of(options: argparse.Namespace) -> Settings:
         model=options.model,
         architecture=options.architecture,
     )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise RequestError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def _size(text: str) -> Grid:

@@ -61,6 +61,7 @@ def row(record: Record) -> str:
     lines += [
         f"  {each['subject']}: {_comparison(each['times_faster']['median'])} than {each['peer']}"
         for each in record["against_peers"]
+        if each["times_faster"]["median"]
     ]
     if record["stage"] == "pipeline":
         lines += [
@@ -79,8 +80,8 @@ def _cells(entry: Record, record: Record) -> tuple[str, ...]:
         seconds(entry["cold_seconds"]),
         seconds(spread["median"]),
         f"{seconds(spread['p20'])} to {seconds(spread['p80'])}",
-        "baseline" if is_baseline else factor(faster["median"]),
-        "" if is_baseline else f"{factor(faster['p20'])} to {factor(faster['p80'])}",
+        "baseline" if is_baseline else factor(faster["median"]) or "lost in noise",
+        "" if is_baseline or faster["median"] is None else f"{factor(faster['p20'])} to {factor(faster['p80'])}",
         "" if entry["floor_share"] is None else f"{entry['floor_share']:.0%}",
         amount(entry["memory_bytes"]),
     )

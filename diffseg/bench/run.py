@@ -22,7 +22,7 @@ from .cases import Unavailable
 from .cost import Ceilings
 from .gates import GateError
 from .suite import Plan, Row, Suite
-from .timing import Contender, Timed, Timer, percentile, ratio
+from .timing import Contender, Spread, Timed, Timer, percentile, ratio
 
 Record = dict[str, Any]
 
@@ -110,7 +110,7 @@ def gated(contenders: Sequence[Contender], inputs: Sequence[Any], timer: Timer) 
 def _figures(row: Row, plan: Plan, timed: Sequence[Timed], limits: Ceilings) -> Record:
     floor = limits.floor(plan.work, plan.precision) if plan.work is not None else None
     baselines = [each for each in timed if each.contender.role == "baseline"]
-    baseline = min(baselines, key=lambda each: each.spread.median)
+    baseline = min(baselines, key=lambda each: (each.spread.median <= 0, each.spread.median))
     return _finite({
         "baseline": baseline.contender.name,
         "work": asdict(plan.work) if plan.work is not None else None,
@@ -128,10 +128,15 @@ def _against_peers(timed: Sequence[Timed]) -> list[Record]:
         return []
     best = min(subjects, key=lambda each: each.spread.median)
     return [
-        {"subject": best.contender.name, "peer": each.contender.name, "times_faster": ratio(best, each)._asdict()}
+        {"subject": best.contender.name, "peer": each.contender.name, "times_faster": _ratio(best, each)}
         for each in timed
         if each.contender.role == "peer"
     ]
+
+
+def _ratio(subject: Timed, baseline: Timed) -> Record:
+    found = ratio(subject, baseline)
+    return found._asdict() if found else dict.fromkeys(Spread._fields)
 
 
 def _entry(timed: Timed, baseline: Timed, row: Row, floor: float | None) -> Record:
@@ -147,7 +152,7 @@ def _entry(timed: Timed, baseline: Timed, row: Row, floor: float | None) -> Reco
         "seconds": spread._asdict(),
         "p99_seconds": percentile(timed.samples, 99),
         "images_per_second": row.batch / spread.median if spread.median > 0 else None,
-        "times_faster": ratio(timed, baseline)._asdict(),
+        "times_faster": _ratio(timed, baseline),
         "floor_share": floor / spread.median if floor and same_work and spread.median > 0 else None,
         "memory_bytes": timed.memory,
         "samples": timed.samples,

@@ -329,7 +329,7 @@ class Suite:
         check = gates.merge_gate(attention, row.grid, row.size, anchors, [threshold] * ITERATIONS, "paper")
         contenders = self._subjects("merge", attention.dtype, by_backend, check)
         for each in contenders:
-            each.recordable = False
+            each.recordable = False  # a graph's two times are not taken in one sample
             each.minus = partial(_with, first_by_backend, each.name)
         contenders += self._eager(eagerly, check, minus=first_eagerly)
         work = cost.later_rounds(row.cells, row.anchors**2, ITERATIONS - 1, products=self._products(), batch=row.batch)

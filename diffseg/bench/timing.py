@@ -74,10 +74,14 @@ def percentile(samples: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-def ratio(subject: Timed, baseline: Timed) -> Spread:
-    """How many times faster ``subject`` is: quotients of the samples of one round."""
-    pairs = zip(baseline.samples, subject.samples, strict=False)
-    return Spread.of([slow / fast if fast > 0 else math.inf for slow, fast in pairs])
+def ratio(subject: Timed, baseline: Timed) -> Spread | None:
+    """How many times faster ``subject`` is: quotients of the samples of one round.
+
+    None if half of them or more mean nothing: a difference of two times can come out below 0 on a busy machine.
+    """
+    pairs = list(zip(baseline.samples, subject.samples, strict=False))
+    quotients = [slow / fast for slow, fast in pairs if slow > 0 and fast > 0]
+    return Spread.of(quotients) if 2 * len(quotients) > len(pairs) else None
 
 
 class Timer:
@@ -127,6 +131,8 @@ class Timer:
     def _rounds(self, timed: Timed, sample: Callable[[int, int], float]) -> tuple[int, int]:
         """Calls a sample, and samples, from a trial that counts as a warm-up; a long first call has warmed up."""
         seconds = timed.cold if timed.cold > _LONG else sample(0, 1)
+        if timed.contender.minus is not None:  # differences scatter more than what they are taken of
+            return 1, max(_FEWEST_ROUNDS, min(_MOST_ROUNDS, int(self.seconds / max(seconds, 1e-7))))
         if seconds > max(_LONG, self.seconds):
             return 1, 1 if seconds > _VERY_LONG else 2
         repeats = max(1, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-7)))
