@@ -8,6 +8,7 @@ import pytest
 
 from diffseg.bench import command
 from diffseg.bench.suite import Suite
+from diffseg.loading import UsageError
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,7 +27,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "row" in metafunc.fixturenames:
         try:
             settings = command.parse(metafunc.config.getoption("rows"))
-        except command.RequestError as error:
+        except UsageError as error:
             raise pytest.UsageError(f"--rows: {error}") from error
         rows = list(dict.fromkeys(Suite(settings).rows()))
         metafunc.parametrize("row", rows, ids=str, scope="module")

@@ -1,4 +1,4 @@
-"""The command line: ``diffseg segment``, ``diffseg info`` and ``diffseg bench``."""
+"""The command line: ``diffseg segment``, ``evaluate``, ``study``, ``bench`` and ``info``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, evaluate, loading, study
 from .backends import BACKENDS, available_backends, explain_backends
-from .bench import command as benchmark
+from .bench import command as bench
 from .checks import RULES
-
-STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4"
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; nothing was written."""
+from .loading import UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,13 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or quoted glob pattern")
     segment.add_argument("-o", "--output", default="segments", metavar="DIR", help="folder (default: %(default)s)")
     segment.add_argument("--force", action="store_true", help="overwrite outputs that exist")
-    segment.add_argument(
-        "--model", help=f"a diffusers checkpoint, such as {STABLE_DIFFUSION} (default: the bundled one)"
-    )
-    segment.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
-    segment.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the network (default: float16 on cuda)"
-    )
+    loading.add_arguments(segment)
     segment.add_argument("--threshold", type=float, help="merge maps nearer than this (default: the model's own)")
     segment.add_argument("--anchors", type=int, default=16, help="anchors a side (default: %(default)s)")
     segment.add_argument("--iterations", type=int, default=3, help="merging rounds (default: %(default)s)")
@@ -62,12 +51,17 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
     segment.add_argument("--time", action="store_true", help="print how long each stage took")
 
+    for name, module, purpose in (
+        ("evaluate", evaluate, "measure DiffSeg and its baselines on a data set"),
+        ("study", study, "sweep DiffSeg's parameters over a data set"),
+        ("bench", bench, "measure speed, memory and exactness beside plain PyTorch's"),
+    ):
+        command = commands.add_parser(name, help=purpose, description=module.run.__doc__)
+        command.set_defaults(command=module.run)
+        module.add_arguments(command)
+
     info = commands.add_parser("info", help="print versions, devices and backends", description=_info.__doc__)
     info.set_defaults(command=_info)
-
-    bench = commands.add_parser("bench", help="measure speed, memory and exactness", description=_bench.__doc__)
-    bench.set_defaults(command=_bench)
-    benchmark.add_options(bench)
     return parser
 
 
@@ -79,7 +73,7 @@ def _segment(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    pipe = _load(options)
+    pipe = loading.load_pipeline(options.model, options.device, options.dtype)
     seconds: dict[str, float] = {}
     written, failed = [], 0
     with tqdm(jobs, unit="image", disable=len(jobs) == 1) as progress:
@@ -143,30 +137,6 @@ def _plan(sources: Sequence[Path], directory: Path, *, force: bool) -> list[tupl
     return jobs
 
 
-def _load(options: argparse.Namespace) -> Any:
-    import torch
-    from diffusers.utils import logging
-
-    from .pipeline import DiffSegPipeline
-    from .tiny import MODEL
-
-    logging.disable_progress_bar()  # of loading, beside which the progress over images would not be seen
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = options.dtype or ("float16" if device.startswith("cuda") else "float32")
-    if options.model is None:
-        print(
-            "using the bundled demonstration model, trained on generated scenes; for photographs, pass "
-            f"--model {STABLE_DIFFUSION}",
-            file=sys.stderr,
-        )
-    try:
-        pipe = DiffSegPipeline.from_pretrained(options.model or MODEL, dtype=getattr(torch, dtype)).to(device)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"--model {options.model}: {error}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def _segment_one(pipe: Any, source: Path, labels: Path, overlay: Path, options: argparse.Namespace) -> Any:
     """Segments one image and writes its outputs, whole or not at all; (segments, seconds by stage)."""
     from PIL import Image
@@ -220,14 +190,6 @@ def _info(options: argparse.Namespace) -> int:
     for backend, state in explain_backends().items():
         print(f"  {backend}: {state}")
     return 0
-
-
-def _bench(options: argparse.Namespace) -> int:
-    """Times every backend against plain PyTorch and other peers, each result checked first (benchmarks/README.md)."""
-    try:
-        return benchmark.run(options)
-    except benchmark.RequestError as error:
-        raise UsageError(str(error)) from error
 
 
 if __name__ == "__main__":

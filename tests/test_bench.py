@@ -22,6 +22,7 @@ from diffseg.bench.cost import Ceilings, Layer
 from diffseg.bench.published import Published
 from diffseg.bench.suite import Row, Settings, Suite
 from diffseg.bench.timing import Contender, Spread, Timed, Timer
+from diffseg.loading import UsageError
 
 CPU = torch.device("cpu")
 LIMITS = Ceilings(copy=1e10, products={"float32": 1e11, "bfloat16": 1e11}, exponentials=1e9)
@@ -163,14 +164,14 @@ def test_wrong_requests(words: list[str], message: str, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("size", ["100", "512x", "64", "512x500", "big"])
 def test_sizes_are_checked(size: str) -> None:
-    with pytest.raises(command.RequestError, match="--size: expected a multiple of 64"):
+    with pytest.raises(UsageError, match="--size: expected a multiple of 64"):
         command.parse(f"merge --size {size}")
     assert command.parse("merge --size 512 512x768").sizes == ((512, 512), (512, 768))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it can run")
 def test_a_backend_asked_for_by_name_says_why_it_cannot_run() -> None:
-    with pytest.raises(command.RequestError, match="backend='triton' cannot run merge here: "):
+    with pytest.raises(UsageError, match="backend='triton' cannot run merge here: "):
         command.parse("merge --backend triton")
 
 
@@ -304,8 +305,11 @@ class TestPeers:
         )
         assert gates.agreement(labels[0], diffseg.label(proposals, case.size)[0]) > 0.999
 
-    def test_kmeans_clusters_cells(self) -> None:
-        assert sorted(set(peers.kmeans(thin().attention, 3).tolist())) == [0, 1, 2]
+    def test_kmeans_gives_labels(self) -> None:
+        case = thin()
+        labels = peers.kmeans(case.attention, case.grid, 3, case.size)
+        assert labels.shape == case.size
+        assert set(labels.ravel().tolist()) == {0, 1, 2}
 
 
 SEGMENTOR = """
@@ -378,7 +382,8 @@ def test_plot(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(1.5, "1.5 s"), (0.0123, "12.3 ms"), (4.2e-6, "4.2 us"), (None, ""), (123e-3, "123 ms")]
+    ("value", "text"),
+    [(1.5, "1.5 s"), (0.0123, "12.3 ms"), (4.2e-6, "4.2 us"), (None, ""), (0.9996, "1 s"), (1234.0, "1234 s")],
 )
 def test_times_have_three_digits_and_a_unit(value: float | None, text: str) -> None:
     assert report.seconds(value) == text

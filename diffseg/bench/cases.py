@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..loading import load_pipeline
 from ..reference import Grid
 from .ceilings import last_level_cache
 from .cost import SD14, Layer
@@ -124,15 +125,7 @@ def bundled(size: Grid, batch: int, device: torch.device) -> Case:
 
 
 def bundled_pipeline() -> Any:
-    from diffusers.utils import logging
-
-    from ..pipeline import DiffSegPipeline
-    from ..tiny import MODEL
-
-    logging.disable_progress_bar()
-    pipe = DiffSegPipeline.from_pretrained(MODEL, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return load_pipeline(None, "cpu", "float32", announce=False)
 
 
 def pictures(batch: int, size: Grid) -> list[Tensor]:

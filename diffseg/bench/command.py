@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..loading import UsageError
 from ..reference import Grid
 from . import ceilings, plot, report
 from .networks import ARCHITECTURES
@@ -23,11 +24,7 @@ QUICK_SIZE = "320"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class RequestError(Exception):
-    """What was asked for cannot be measured."""
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     stages = "; ".join(f"{name}: {what}" for name, what in STAGES.items())
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{stages} (default: a two-minute subset)")
     parser.add_argument("--size", nargs="+", metavar="PIXELS", help="of images: 512 or 512x768 (default: 512)")
@@ -49,21 +46,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """Raises RequestError, naming the option."""
+    """Raises UsageError, naming the option."""
     unknown = [stage for stage in options.stages if stage not in STAGES]
     if unknown:
-        raise RequestError(f"STAGE: expected some of {', '.join(STAGES)}, got {unknown[0]!r}")
+        raise UsageError(f"STAGE: expected some of {', '.join(STAGES)}, got {unknown[0]!r}")
     device = _device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if min(options.batch) < 1:
-        raise RequestError(f"--batch: expected at least 1, got {min(options.batch)}")
+        raise UsageError(f"--batch: expected at least 1, got {min(options.batch)}")
     if options.published is not None and not options.published.is_dir():
-        raise RequestError(f"--published: expected a folder, got {options.published}")
+        raise UsageError(f"--published: expected a folder, got {options.published}")
     if options.model is not None and not Path(options.model).is_dir():
-        raise RequestError(f"--model: expected a folder, got {options.model}")
+        raise UsageError(f"--model: expected a folder, got {options.model}")
     try:
         check_backends(options.backend, device)
     except ValueError as error:
-        raise RequestError(str(error)) from error
+        raise UsageError(str(error)) from error
     return Settings(
         stages=tuple(dict.fromkeys(options.stages)),
         cases=tuple(options.case),
@@ -83,25 +80,28 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise RequestError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def _size(text: str) -> Grid:
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     height, width = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if min(height, width) < 128 or height % 64 or width % 64:
-        raise RequestError(f"--size: expected a multiple of 64 from 128, or two as 512x768, got {text}")
+        raise UsageError(f"--size: expected a multiple of 64 from 128, or two as 512x768, got {text}")
     return height, width
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures; returns 1 if a result failed its check, 130 if interrupted, else 0."""
+    """Times every backend against plain PyTorch and other peers, each result checked first (benchmarks/README.md).
+
+    Ends with status 1 if a result is wrong, 130 if interrupted; --json then still holds every row that was measured.
+    """
     settings = settings_of(options)
     if options.plot is not None:
         try:
             plot.check(options.plot)
         except plot.PlotError as error:
-            raise RequestError(str(error)) from error
+            raise UsageError(str(error)) from error
     for path in (options.json, options.plot):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +143,6 @@ def _show(record: Record) -> None:
 def parse(text: str) -> Settings:
     """Settings from options as one would type them."""
     parser = argparse.ArgumentParser(prog="diffseg bench")
-    add_options(parser)
+    add_arguments(parser)
     options: Any = parser.parse_args(shlex.split(text))
     return settings_of(options)

@@ -141,10 +141,10 @@ def kmeans_missing() -> str | None:
     return None
 
 
-def kmeans(attention: Tensor, clusters: int) -> Any:
-    """scikit-learn's k-means on the rows of A_f of the first image: other labels, for the same purpose."""
+def kmeans(attention: Tensor, grid: Grid, clusters: int, size: Grid) -> Any:
+    """scikit-learn's k-means on the rows of A_f of the first image: other labels, for the same purpose. [H, W]"""
     from ..baselines import kmeans_attention
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fewer distinct maps than clusters
-        return kmeans_attention(attention[0].float().cpu().numpy(), clusters)
+        return kmeans_attention(attention[:1], grid, clusters, size)

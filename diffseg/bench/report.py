@@ -15,9 +15,13 @@ def seconds(value: float | None) -> str:
     if value is None:
         return ""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value / 1e-6:.3g} us"
+        if abs(value) >= 0.9995 * size:
+            return f"{_digits(value / size)} {unit}"
+    return f"{_digits(value / 1e-6)} us"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
 
 
 def amount(value: int | None) -> str:
@@ -27,7 +31,7 @@ def amount(value: int | None) -> str:
 
 
 def factor(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+    return "" if value is None else _digits(value)
 
 
 def _comparison(value: float) -> str:

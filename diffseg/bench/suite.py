@@ -390,7 +390,7 @@ class Suite:
             attention = case.attention
             contenders.append(
                 Contender(
-                    "k-means on A_f", "peer", lambda _: peers.kmeans(attention, clusters),
+                    "k-means on A_f", "peer", lambda _: peers.kmeans(attention, row.grid, clusters, case.size),
                     note=f"other work: scikit-learn, k = {clusters}, from A_f, first image",
                 )
             )  # fmt: skip
