@@ -20,7 +20,7 @@ Role = Literal["subject", "baseline", "peer"]
 
 SHORTEST_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 40
-_LONG, _VERY_LONG = 2.0, 10.0  # seconds: of such calls two samples must do, or one
+_LONG, _VERY_LONG = 2.0, 5.0  # seconds: of such calls two samples must do, or one
 
 
 @dataclass
