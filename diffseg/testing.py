@@ -171,7 +171,7 @@ def stable_diffusion_components(
         device: where the weights are drawn, which takes seconds on a CPU; they depend on it.
     """
     device = torch.device(device)
-    tokenizer = _tiny_tokenizer()
+    tokenizer = spelling_tokenizer()
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type), device:
         torch.manual_seed(seed)
         unet = _sharpened(UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8))
