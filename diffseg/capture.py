@@ -319,7 +319,7 @@ class _CrossRecordingProcessor(_RecordingProcessor):
 
 
 def _attention_layers(unet: UNet2DConditionModel, cross: bool) -> dict[str, Attention]:
-    """The attention modules of a kind by path, in forward order; those of image prompts' encoders are not among them."""
+    """The attention modules of a kind by path, in forward order, without those of image prompts' encoders."""
     return {
         name: module
         for part in _PARTS

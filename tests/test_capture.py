@@ -206,7 +206,8 @@ def test_both_kinds_at_once_are_as_each_alone() -> None:
         forward(unet, inputs)
     for found, expected in zip((first, second), alone, strict=True):
         assert found.names == expected.names
-        assert all(torch.equal(*pair) for pair in zip(found.queries + found.keys, expected.queries + expected.keys))
+        for one, other in zip(found.queries + found.keys, expected.queries + expected.keys, strict=True):
+            assert torch.equal(one, other)
 
 
 def test_cross_attention_with_a_norm_of_its_own() -> None:
