@@ -235,7 +235,7 @@ def test_the_best_word_does_not_depend_on_the_backend(seed: int, masks: int, wor
 def test_float64_goes_to_the_reference() -> None:
     queries, keys, grids = layers("one", dtype=torch.float64)
     assert diffseg.aggregate_cross(queries, keys, tokens=[[1]], grids=grids).dtype == torch.float64
-    with pytest.raises(ValueError, match="backend='cpu' cannot run aggregate_cross here: expected torch.float32"):
+    with pytest.raises(ValueError, match=r"backend='cpu' cannot run aggregate_cross here: expected torch\.float32"):
         diffseg.aggregate_cross(queries, keys, tokens=[[1]], grids=grids, backend="cpu")
 
 

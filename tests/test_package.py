@@ -52,7 +52,7 @@ def test_public_names(name: str) -> None:
 def test_names_of_the_interface() -> None:
     names = (
         "aggregate aggregate_maps merge refine label segment record_attention DiffSegPipeline DiffSegOutput Proposals "
-        "available_backends explain_backends compat AttentionRecord warmup"
+        "available_backends explain_backends compat AttentionRecord warmup aggregate_cross score_masks"
     )
     assert set(diffseg.__all__) == set(names.split())
     assert diffseg.Proposals._fields == ("maps", "counts", "grid")
