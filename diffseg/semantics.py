@@ -177,14 +177,13 @@ def encode(tokenizer: Any, prompt: Prompt) -> Encoded:
     ids = tokenizer(
         prompt.text, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
-    names, lost = {}, []
+    names: dict[str, list[int]] = {}
     for name, places in prompt.names.items():
-        indices = [index for span in places for index in _tokens(tokenizer, prompt.text, span)]
-        names[name] = [index for index in indices if index < length - 1]  # the last one ends the text
-        if len(names[name]) < len(indices) or not indices:
-            lost.append(name)
-            del names[name]
-    if lost:
+        spelled = [_tokens(tokenizer, prompt.text, span) for span in places]
+        whole = [indices for indices in spelled if indices and indices[-1] < length - 1]  # the last one ends the text
+        if whole:
+            names[name] = [index for indices in whole for index in indices]
+    if lost := [name for name in prompt.names if name not in names]:
         warnings.warn(f"{', '.join(lost)}: left out, the prompt is longer than {length} tokens", stacklevel=2)
     return Encoded(ids, names)
 
