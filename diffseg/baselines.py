@@ -1,26 +1,51 @@
-"""k-means baselines (the paper's appendix 8.4), with scikit-learn."""
+"""What DiffSeg is compared with: the paper's k-means on attention (appendix 8.4), k-means on colour, one segment.
+
+k-means is scikit-learn's, with k-means++ and one start; a seed gives the same labels again.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
+from torch import Tensor
+
+from .ops import Proposals, label, renumber
+from .reference import Grid
 
 Labels = NDArray[np.integer[Any]]
 
+SEED = 0
 
-def kmeans_attention(attention: NDArray[np.floating[Any]], clusters: int, *, seed: int = 0) -> Labels:
-    """K-Means-C and K-Means-S: k-means++ on the rows of one image's A_f [N, N]; labels int32 [N].
+
+def kmeans_attention(attention: Tensor, grid: Grid, clusters: int, size: Grid, *, seed: int = SEED) -> Labels:
+    """K-Means-C and K-Means-S: k-means on the rows of A_f; the clusters' means become labels as proposals do.
 
     With ``clusters`` a constant this is the paper's K-Means-C, with the truth's number of segments its K-Means-S.
+
+    Args:
+        attention: A_f [1, N, N] of one image, on any device.
+        grid: (h, w), h * w = N.
+        clusters: at least 1; on fewer cells, that many.
+        size: (H, W) of the labels.
+
+    Returns:
+        int32 [H, W], labels 0..S-1 without gaps, S <= ``clusters``.
     """
-    return _kmeans(attention, clusters, seed)
+    rows = attention[0].float()
+    found, cells = np.unique(_kmeans(rows.cpu().numpy(), clusters, seed), return_inverse=True)
+    members = torch.from_numpy(cells).to(rows.device)
+    means = torch.stack([rows[members == cluster].mean(0) for cluster in range(len(found))])
+    counts = torch.tensor([len(found)], dtype=torch.int32, device=rows.device)
+    winners = label(Proposals(means[None], counts, grid), size)
+    labels: Labels = renumber(winners, len(found))[0].cpu().numpy()
+    return labels
 
 
-def kmeans_colour(image: NDArray[np.uint8], clusters: int, *, position: float = 0.5, seed: int = 0) -> Labels:
-    """k-means++ on colour and position; labels int32 [H, W] of an RGB image [H, W, 3].
+def kmeans_colour(image: NDArray[np.uint8], clusters: int, *, position: float = 0.5, seed: int = SEED) -> Labels:
+    """k-means on colour and position; labels int32 [H, W] of an RGB image [H, W, 3].
 
     Colours lie in [0, 1]; ``position`` is the weight of the coordinates, which lie in [0, 1] too.
     """
@@ -30,6 +55,14 @@ def kmeans_colour(image: NDArray[np.uint8], clusters: int, *, position: float = 
     return _kmeans(features, clusters, seed).reshape(height, width)
 
 
+def one_segment(size: Grid) -> Labels:
+    """Everything is one segment: what any method must beat. int32 [H, W]."""
+    return np.zeros(size, np.int32)
+
+
 def _kmeans(points: NDArray[np.floating[Any]], clusters: int, seed: int) -> Labels:
+    from sklearn.cluster import KMeans
+
+    clusters = min(clusters, len(points))
     labels: Labels = KMeans(clusters, init="k-means++", n_init=1, random_state=seed).fit_predict(points)
     return labels

@@ -1,4 +1,4 @@
-"""The command line: ``diffseg segment`` and ``diffseg info``."""
+"""The command line: ``diffseg segment``, ``evaluate``, ``study`` and ``info``."""
 
 from __future__ import annotations
 
@@ -13,15 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, evaluate, loading, study
 from .backends import BACKENDS, available_backends, explain_backends
 from .checks import RULES
-
-STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4"
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; nothing was written."""
+from .loading import UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,13 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or quoted glob pattern")
     segment.add_argument("-o", "--output", default="segments", metavar="DIR", help="folder (default: %(default)s)")
     segment.add_argument("--force", action="store_true", help="overwrite outputs that exist")
-    segment.add_argument(
-        "--model", help=f"a diffusers checkpoint, such as {STABLE_DIFFUSION} (default: the bundled one)"
-    )
-    segment.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
-    segment.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the network (default: float16 on cuda)"
-    )
+    loading.add_arguments(segment)
     segment.add_argument("--threshold", type=float, help="merge maps nearer than this (default: the model's own)")
     segment.add_argument("--anchors", type=int, default=16, help="anchors a side (default: %(default)s)")
     segment.add_argument("--iterations", type=int, default=3, help="merging rounds (default: %(default)s)")
@@ -66,6 +55,14 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument("--keep-masks", action="store_true", help="do not fuse the masks that get the same name")
     segment.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
     segment.add_argument("--time", action="store_true", help="print how long each stage took")
+
+    for name, module, purpose in (
+        ("evaluate", evaluate, "measure DiffSeg and its baselines on a data set"),
+        ("study", study, "sweep DiffSeg's parameters over a data set"),
+    ):
+        command = commands.add_parser(name, help=purpose, description=module.run.__doc__)
+        command.set_defaults(command=module.run)
+        module.add_arguments(command)
 
     info = commands.add_parser("info", help="print versions, devices and backends", description=_info.__doc__)
     info.set_defaults(command=_info)
@@ -85,9 +82,11 @@ def _segment(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    pipe = _load(options)
+    pipe = loading.load_pipeline(options.model, options.device, options.dtype)
     if options.semantic and pipe.text_encoder is None:
-        raise UsageError(f"--semantic: expected a model with a text encoder, such as --model {STABLE_DIFFUSION}")
+        raise UsageError(
+            f"--semantic: expected a model with a text encoder, such as --model {loading.STABLE_DIFFUSION}"
+        )
     seconds: dict[str, float] = {}
     written, failed = [], 0
     with tqdm(jobs, unit="image", disable=len(jobs) == 1) as progress:
@@ -155,30 +154,6 @@ def _plan(sources: Sequence[Path], directory: Path, *, force: bool, semantic: bo
 def _listing(labels: Path) -> Path:
     """Where the segments of a label image are listed."""
     return labels.with_name(f"{labels.stem.removesuffix('_labels')}_segments.json")
-
-
-def _load(options: argparse.Namespace) -> Any:
-    import torch
-    from diffusers.utils import logging
-
-    from .pipeline import DiffSegPipeline
-    from .tiny import MODEL
-
-    logging.disable_progress_bar()  # of loading, beside which the progress over images would not be seen
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = options.dtype or ("float16" if device.startswith("cuda") else "float32")
-    if options.model is None:
-        print(
-            "using the bundled demonstration model, trained on generated scenes; for photographs, pass "
-            f"--model {STABLE_DIFFUSION}",
-            file=sys.stderr,
-        )
-    try:
-        pipe = DiffSegPipeline.from_pretrained(options.model or MODEL, dtype=getattr(torch, dtype)).to(device)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"--model {options.model}: {error}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def _segment_one(pipe: Any, source: Path, labels: Path, overlay: Path, options: argparse.Namespace) -> Any:

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import backends, ops, semantics
 from . import images as image_io
-from .capture import record_attention
+from .capture import AttentionRecord, record_attention
 from .checks import check_integer, check_pair, check_rule, check_thresholds, check_weight_scheme
 from .ops import Proposals, Rule, Weights
 from .reference import Grid
@@ -262,18 +262,30 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.maybe_free_model_hooks()
         return found
 
+    @torch.no_grad()
+    def record(
+        self,
+        image: Any,
+        *,
+        timestep: Union[int, None] = None,  # noqa: UP007
+        processing_resolution: Union[int, tuple[int, int], None] = None,  # noqa: UP007
+    ) -> AttentionRecord:
+        """Queries and keys of every self-attention layer for one image, for studies of what is done with them.
+
+        Arguments as in :meth:`__call__`.
+        """
+        picture = image_io.to_tensor(image)
+        size = self._processed_size((picture.shape[1], picture.shape[2]), processing_resolution)
+        timestep = self.config.timestep if timestep is None else timestep
+        record = self._record([picture], size, timestep, _StageClock(self._execution_device, enabled=False))
+        self.maybe_free_model_hooks()
+        return record
+
     def _attention(
         self, pictures: list[Tensor], size: Grid, timestep: int, weights: Weights, backend: str, clock: "_StageClock"
     ) -> tuple[Tensor, Grid]:
         """A_f [B, N, N] and its grid, from pictures [3, H, W] processed at ``size``."""
-        with clock("preprocess"):
-            pixels = self._uploaded(pictures, size)
-        with clock("encode"):
-            latents = self._latents(pixels)
-        context = self._context(len(pixels)).to(latents)
-        with clock("unet"), record_attention(self.unet) as record:
-            steps = torch.full((len(pixels),), timestep, device=pixels.device)
-            self.unet(latents, steps, encoder_hidden_states=context)
+        record = self._record(pictures, size, timestep, clock)
         with clock("aggregate"):
             attention = ops.aggregate(
                 record.queries,
@@ -285,6 +297,18 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                 backend=backend,
             )
         return attention, ops.output_grid(record.grids)
+
+    def _record(self, pictures: list[Tensor], size: Grid, timestep: int, clock: "_StageClock") -> AttentionRecord:
+        """What the UNet leaves behind, from pictures [3, H, W] processed at ``size``."""
+        with clock("preprocess"):
+            pixels = self._uploaded(pictures, size)
+        with clock("encode"):
+            latents = self._latents(pixels)
+        context = self._context(len(pixels)).to(latents)
+        with clock("unet"), record_attention(self.unet) as record:
+            steps = torch.full((len(pixels),), timestep, device=pixels.device)
+            self.unet(latents, steps, encoder_hidden_states=context)
+        return record
 
     def _uploaded(self, pictures: list[Tensor], size: Grid) -> Tensor:
         """Pixels float32 [B, 3, h, w] in [0, 1] on the device."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,38 @@ def _inside(mask: NDArray[np.bool_]) -> tuple[int, int]:
     starts, stops = edges[::2], edges[1::2]
     longest = int((stops - starts).argmax())
     return row, int(starts[longest] + stops[longest]) // 2
+
+
+def coloured(labels: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+    """Labels [H, W] in the palette's colours, negative ones grey, uint8 [H, W, 3]."""
+    colours = np.vstack([palette(max(int(labels.max()) + 1, 0)), np.full((1, 3), 96, np.uint8)])
+    return colours[np.where(labels < 0, len(colours) - 1, labels)]
+
+
+def sheet(rows: Sequence[tuple[str, Sequence[NDArray[np.uint8]]]], title: str, height: int = 200) -> Image.Image:
+    """Rows of pictures [H, W, 3] at one height, each under its caption."""
+    line, gap = 18, 6
+    shown = [
+        (caption, [Image.fromarray(each).resize((_width(each, height), height)) for each in pictures])
+        for caption, pictures in rows
+    ]
+    widest = max((sum(each.width + gap for each in pictures) for _, pictures in shown), default=0)
+    page = Image.new("RGB", (max(widest + gap, 480), line + gap + len(rows) * (line + height + gap)), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((gap, gap), title, fill="black")
+    top = line + gap
+    for caption, pictures in shown:
+        draw.text((gap, top), caption, fill="black")
+        left = gap
+        for each in pictures:
+            page.paste(each, (left, top + line))
+            left += each.width + gap
+        top += line + height + gap
+    return page
+
+
+def _width(picture: NDArray[np.uint8], height: int) -> int:
+    return max(1, round(picture.shape[1] * height / picture.shape[0]))
 
 
 def _grown(line: NDArray[np.bool_]) -> NDArray[np.bool_]:

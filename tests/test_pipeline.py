@@ -166,6 +166,18 @@ def test_every_kind_of_image(pixel_pipe, tmp_path):
         assert np.array_equal(output.labels[0], expected)
 
 
+def test_record_gives_what_attention_is_made_of(pixel_pipe):
+    image = picture(32, 48)
+    record = pixel_pipe.record(image, timestep=100)
+    attention, grid = pixel_pipe.attention(image, timestep=100, weights="literal")
+    assert max(record.grids) == grid
+    remade = diffseg.aggregate(record.queries, record.keys, grids=record.grids, scales=record.scales, weights="literal")
+    torch.testing.assert_close(remade, attention)
+    other = pixel_pipe.record(image, timestep=900)
+    assert not torch.equal(other.queries[0], record.queries[0])
+    assert max(pixel_pipe.record(image, processing_resolution=96).grids) == (64, 96)
+
+
 def test_output_types(pixel_pipe):
     image = picture(32, 48)
     array = pixel_pipe(image).labels[0]

@@ -36,6 +36,16 @@ def test_it_segments_scenes(pipe):
     assert np.mean(accuracies) >= 0.8
 
 
+def test_attention_stored_in_bfloat16_keeps_the_labels(pipe):
+    for seed in REPORT_SEEDS[:3]:
+        attention, grid = pipe.attention(scene(seed)[0])
+        exact, rounded = (
+            diffseg.label(diffseg.merge(each, grid=grid, threshold=pipe.config.threshold), (64, 64))
+            for each in (attention, attention.bfloat16())
+        )
+        assert matched_accuracy(rounded[0].numpy(), exact[0].numpy()) >= 0.999
+
+
 def test_the_report_names_every_method(pipe):
     lines = list(report.table(report.report(pipe, 1)))
     assert [line.split("|")[1].strip().split(" (")[0] for line in lines[2:]] == [

@@ -33,3 +33,20 @@ def test_overlay_tints_and_outlines():
     assert (picture[:, 18] == 0).all()
     assert not np.array_equal(picture[20, 5], picture[20, 35])
     assert np.array_equal(grey, np.full((40, 40, 3), 128))
+
+
+def test_coloured_labels():
+    labels = np.array([[0, 1], [5, -1]])
+    colours = visualize.coloured(labels)
+    assert colours.shape == (2, 2, 3)
+    assert np.array_equal(colours[1, 0], visualize.palette(6)[5])
+    assert colours[1, 1].tolist() == [96, 96, 96]
+    assert visualize.coloured(np.full((2, 2), -1)).tolist() == [[[96] * 3] * 2] * 2
+
+
+def test_a_sheet_holds_its_pictures():
+    red, blue = (np.full((10, 20, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
+    page = np.asarray(visualize.sheet([("first", [red, blue]), ("second", [blue])], "title", height=50))
+    counts = [(page == colour).all(-1).sum() for colour in ((255, 0, 0), (0, 0, 255))]
+    assert counts == [50 * 100, 2 * 50 * 100]
+    assert visualize.sheet([], "nothing").size[0] > 0

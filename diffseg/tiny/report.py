@@ -9,18 +9,15 @@ No scene of either set was trained on, and the two sets do not meet (see ``diffs
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from .. import Proposals, label, merge
-from ..baselines import kmeans_attention, kmeans_colour
-from ..metrics import matched_accuracy, matched_iou
-from ..ops import Rule, renumber
+from ..datasets import Sample
+from ..evaluate import table
+from ..methods import TITLES, Settings, diffseg_labels, predictions
+from ..metrics import RegionScores, confusion, matched_accuracy
 from ..pipeline import DiffSegPipeline
 from . import MODEL
 from .scenes import REPORT_SEEDS, THRESHOLD_SEEDS, scene
@@ -29,26 +26,19 @@ TIMESTEPS = (10, 30, 100, 300)
 THRESHOLDS = tuple(round(0.005 * 1.25**step, 4) for step in range(26))  # 0.005 to 1.3
 SCENES = 200
 
-Array = NDArray[Any]
-
-
-def diffseg_labels(attention: torch.Tensor, threshold: float, rule: Rule, size: int) -> Array:
-    """DiffSeg of one scene: A_f [1, N, N] to labels [size, size]."""
-    proposals = merge(attention, threshold=threshold, rule=rule)
-    return renumber(label(proposals, (size, size)), proposals.maps.shape[1])[0].numpy()
-
 
 def choose(pipe: DiffSegPipeline, count: int) -> dict[tuple[int, float], float]:
     """Mean accuracy over ``count`` scenes of each timestep and threshold."""
     accuracies = {(timestep, threshold): 0.0 for timestep in TIMESTEPS for threshold in THRESHOLDS}
+    base = _settings(pipe)
     for seed in tqdm(THRESHOLD_SEEDS[:count], desc="choosing", unit="scene"):
         image, truth = scene(seed)
         for timestep in TIMESTEPS:
-            attention, _ = pipe.attention(image, timestep=timestep)
+            attention, grid = pipe.attention(image, timestep=timestep)
             labels = None
             for threshold in THRESHOLDS:
                 if labels is None or labels.max() > 0:  # all one segment: so it stays at larger thresholds
-                    labels = diffseg_labels(attention, threshold, "paper", len(image))
+                    labels = diffseg_labels(attention, grid, truth.shape, replace(base, threshold=threshold))
                 accuracies[timestep, threshold] += matched_accuracy(labels, truth) / count
     return accuracies
 
@@ -58,41 +48,20 @@ def typical_segments(count: int) -> int:
     return round(np.mean([scene(seed)[1].max() + 1 for seed in THRESHOLD_SEEDS[:count]]))
 
 
-def report(pipe: DiffSegPipeline, count: int) -> dict[str, tuple[float, float]]:
-    """Mean accuracy and mean IoU of each method on ``count`` held-out scenes."""
-    threshold, constant = pipe.config.threshold, typical_segments(count)
-    methods: dict[str, Callable[[torch.Tensor, Array, Array], Array]] = {
-        "DiffSeg": lambda a, image, truth: diffseg_labels(a, threshold, "paper", len(image)),
-        "DiffSeg, official rule": lambda a, image, truth: diffseg_labels(a, threshold, "official", len(image)),
-        f"K-Means-C (k = {constant})": lambda a, image, truth: _clustered(a, constant, len(image)),
-        "K-Means-S (k = truth's)": lambda a, image, truth: _clustered(a, int(truth.max()) + 1, len(image)),
-        "k-means, colour + position (k = truth's)": lambda a, image, truth: kmeans_colour(image, int(truth.max()) + 1),
-        "one segment": lambda a, image, truth: np.zeros_like(truth),
-    }
-    scores: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
+def report(pipe: DiffSegPipeline, count: int) -> dict[str, dict[str, float]]:
+    """The figures of each method on ``count`` held-out scenes."""
+    settings, clusters = _settings(pipe), typical_segments(count)
+    scores = {method: RegionScores() for method in TITLES}
     for seed in tqdm(REPORT_SEEDS[:count], desc="held-out scenes", unit="scene"):
         image, truth = scene(seed)
-        attention, _ = pipe.attention(image)
-        for name, method in methods.items():
-            labels = method(attention, image, truth)
-            scores[name].append((matched_accuracy(labels, truth), matched_iou(labels, truth)))
-    return {name: tuple(np.mean(values, axis=0)) for name, values in scores.items()}  # type: ignore[misc]
+        sample = Sample(str(seed), image, [truth.astype(np.int32)])
+        for method, labels in predictions(pipe, sample, settings, list(TITLES), clusters=clusters).items():
+            scores[method].add([confusion(labels, truth)])
+    return {TITLES[method].format(clusters=clusters): each.figures() for method, each in scores.items()}
 
 
-def _clustered(attention: torch.Tensor, clusters: int, size: int) -> Array:
-    """k-means on rows of A_f, its cluster means upsampled like proposals."""
-    cells = torch.from_numpy(kmeans_attention(attention[0].numpy(), clusters)).long()
-    means = torch.stack([attention[0][cells == cluster].mean(0) for cluster in range(clusters)])
-    side = round(attention.shape[1] ** 0.5)
-    proposals = Proposals(means[None], torch.tensor([clusters], dtype=torch.int32), (side, side))
-    return label(proposals, (size, size))[0].numpy()
-
-
-def table(scores: dict[str, tuple[float, float]]) -> Iterable[str]:
-    yield "| method | pixel accuracy | mean IoU |"
-    yield "| --- | --- | --- |"
-    for name, (accuracy, iou) in scores.items():
-        yield f"| {name} | {accuracy:.3f} | {iou:.3f} |"
+def _settings(pipe: DiffSegPipeline) -> Settings:
+    return Settings(threshold=pipe.config.threshold, timestep=pipe.config.timestep)
 
 
 def main() -> None:

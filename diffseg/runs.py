@@ -1,0 +1,182 @@
+"""Work on every image of a data set that may be killed and continued, by one process or by several.
+
+A folder holds the results of one set of settings: ``settings.json`` and, from each process, ``images-*.jsonl`` with one
+line a finished image. ``accelerate launch`` starts several processes; each takes every n-th image that is not finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .datasets import Dataset, DatasetError, Sample
+from .loading import UsageError
+
+Result = dict[str, Any]
+T = TypeVar("T")
+
+_SETTINGS = "settings.json"
+_LONGEST_WAIT = timedelta(days=30)  # of a process for the slowest
+
+
+def processes(device: str | None) -> Any:
+    """accelerate's state of this process and its peers: its index, their number, its device."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=_LONGEST_WAIT)
+
+
+def device_of(state: Any, device: str | None) -> str:
+    """The device asked for, or this process's own where there are several processes or none was asked for."""
+    if device is not None and state.num_processes == 1:
+        return device
+    return str(state.device) if state.device.type == "cuda" else "cpu"
+
+
+def on_main(state: Any, plan: Callable[[], T]) -> T:
+    """What ``plan`` returns, which runs in the main process alone; its error is every process's."""
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = plan()
+        except (UsageError, DatasetError) as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UsageError(outcome[1])
+    planned: T = outcome[0]
+    return planned
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes ``folder`` the place of results under ``settings``, or checks that it is."""
+    path = folder / _SETTINGS
+    settings = json.loads(json.dumps(settings))
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text())
+        except ValueError as error:
+            raise UsageError(f"{path}: expected the settings of a run, got {error}; give another --output") from error
+        changed = [
+            f"{name} was {json.dumps(stored.get(name))}, is {json.dumps(settings.get(name))}"
+            for name in sorted({*stored, *settings})
+            if stored.get(name) != settings.get(name)
+        ]
+        if changed:
+            raise UsageError(
+                f"{folder} holds results of other settings: {'; '.join(changed)}. Give those to go on, or another "
+                "--output"
+            )
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output: expected a folder, {folder} is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(settings, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finished(folder: Path) -> dict[str, Result]:
+    """The results of the images that any process finished, by name; a line that a kill cut short is none."""
+    results: dict[str, Result] = {}
+    for path in sorted(folder.glob("images-*.jsonl")):
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    entry = json.loads(line)
+                    results[entry["name"]] = entry["result"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UsageError(f"{path}: line {number}: expected a result, got {line[:60]!r}") from error
+    return results
+
+
+def process_dataset(
+    state: Any, dataset: Dataset, folder: Path, work: Callable[[Sample], Result], watch: Callable[[Result], str]
+) -> dict[str, Result]:
+    """Does ``work`` on the images that are not finished and returns the results of all, by name, in order.
+
+    ``watch`` sees each result once, those that were there first, and gives the text beside the progress bar.
+
+    Raises:
+        UsageError: naming the file, when a sample cannot be read; results so far are kept.
+    """
+    from tqdm import tqdm
+
+    done = finished(folder)
+    pending = [index for index, item in enumerate(dataset.items) if item.name not in done]
+    state.wait_for_everyone()  # all have read before any writes, so that all divide the same images
+    mine = pending[state.process_index :: state.num_processes]
+    shown = ""
+    for item in dataset.items:
+        if item.name in done:
+            shown = watch(done[item.name])
+    peers = "" if state.num_processes == 1 else f", process 1 of {state.num_processes}"
+    with (
+        _appending(folder / f"images-{state.process_index:05}.jsonl") as add,
+        tqdm(
+            total=len(mine) + len(done),
+            initial=len(done),
+            unit="image",
+            desc=dataset.kind + peers,
+            postfix=shown,
+            disable=not state.is_main_process,
+        ) as progress,
+    ):
+        for index in mine:
+            result = work(_load(dataset, index))
+            add(dataset.items[index].name, result)
+            progress.set_postfix_str(watch(result), refresh=False)
+            progress.update()
+    state.wait_for_everyone()
+    done = finished(folder)
+    return {item.name: done[item.name] for item in dataset.items}
+
+
+def _load(dataset: Dataset, index: int) -> Sample:
+    try:
+        return dataset.load(index)
+    except DatasetError as error:
+        raise UsageError(f"{error} (finished images are kept)") from error
+    except Exception as error:  # what a damaged file makes a decoder raise can be anything
+        item = dataset.items[index]
+        raise UsageError(f"{item.image} or {item.truth}: damaged ({error}) (finished images are kept)") from error
+
+
+@contextmanager
+def _appending(path: Path) -> Iterator[Callable[[str, Result], None]]:
+    """Adds lines to a file, after its last whole one."""
+    with path.open("ab") as file:
+        whole = path.read_bytes().rfind(b"\n") + 1
+        file.truncate(whole)
+
+        def add(name: str, result: Result) -> None:
+            file.write(json.dumps({"name": name, "result": result}, separators=(",", ":")).encode() + b"\n")
+            file.flush()
+
+        yield add
+
+
+def watched(items: Iterable[T], total: int, what: str) -> Iterable[T]:
+    """``items`` with a progress bar that goes when it is full."""
+    from tqdm import tqdm
+
+    bar: Iterable[T] = tqdm(items, total=total, desc=what, unit="file", leave=False)
+    return bar
