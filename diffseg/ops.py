@@ -252,7 +252,8 @@ def aggregate_cross(
         queries: of the image, one tensor a layer, [B, heads, n, d]; float16, bfloat16, float32 or float64.
         keys: of the text, [B, heads, tokens, d] each.
         tokens: for each word the indices of its tokens, whose attention is averaged, the same for all images; or the
-            share of each token in each word, a tensor [B or 1, words, tokens] (a row of zeros: an empty map).
+            share of each token in each word, a tensor [B or 1, words, tokens] (a row of zeros: an empty map). Indices
+            are copied to the device, for which the host waits; a tensor lets the op be recorded in a graph.
         grids: (h_k, w_k) of each layer, h_k * w_k = n; None: square.
         scales: factor of Q K^T of each layer; None: d ** -0.5.
         size: (H, W) to which the layers are upsampled bilinearly; None: the largest grid.

@@ -764,12 +764,13 @@ def test_logsumexp_on_a_gpu(backend: SDPBackend | None, dtype: torch.dtype) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("layout", ["sd1", "sd2", "sdxl"])
-def test_record_on_a_gpu(layout: Any) -> None:
+def test_record_on_a_gpu(layout: Any, cross: bool) -> None:
     unet = tiny_unet(layout, dtype=torch.float16).cuda()
     inputs = unet_inputs(unet, 2, 32, 24)
     plain = forward(unet, inputs)
-    record, output = recorded(unet, inputs)
+    record, output = recorded(unet, inputs, cross=cross)
     torch.testing.assert_close(output, plain, rtol=0, atol=1e-2)
     for query, key, scale, logsumexp in zip(
         record.queries, record.keys, record.scales, record.logsumexps or [], strict=True

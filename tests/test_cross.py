@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffseg
+from diffseg import reference
 
 _cpu = pytest.importorskip("diffseg._cpu")
 
@@ -184,6 +186,30 @@ def test_non_finite_layers_are_named(backend: str, value: float) -> None:
     keys[3] = keys[3] * 1e20  # finite, but their products are not
     with pytest.raises(ValueError, match="layer 3: expected finite attention"):
         diffseg.aggregate_cross(queries, keys, tokens=WORDS, grids=grids, backend=backend)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a tensor made inside has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def test_maps_of_all_heads_never_exist() -> None:
+    """In the reference; the kernels' buffers do not depend on the number of heads."""
+    heads, grid = 8, (32, 32)
+    cells = grid[0] * grid[1]
+    queries = [torch.rand(1, heads, cells, 16) for _ in range(3)]
+    keys = [torch.rand(1, heads, TOKENS, 16) for _ in range(3)]
+    with Largest() as largest:  # it does not see into an operator
+        reference.aggregate_cross(queries, keys, [grid] * 3, [0.25] * 3, torch.eye(4, TOKENS)[None], (64, 64))
+    assert cells * TOKENS <= largest.elements < 2 * cells * TOKENS
 
 
 def blobs(size: tuple[int, int], masks: int, batch: int = 1, seed: int = 0) -> Tensor:
