@@ -246,7 +246,7 @@ def aggregate_cross(
 
     ``A_c[word] = sum_k upsample(mean_heads softmax(Q_k K_k^T scale_k) shares[word])``, the softmax over all tokens of
     the text, then divided by its L2 norm over the pixels, as in the published code: words differ by where the
-    image attends to them, not by how much.
+    image attends to them, not by how much. Each layer counts once; the published demo averages those of a grid first.
 
     Args:
         queries: of the image, one tensor a layer, [B, heads, n, d]; float16, bfloat16, float32 or float64.

@@ -11,8 +11,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
+    GitConfig,
+    GitForCausalLM,
+    GPT2Config,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+)
 
 import diffseg
 from diffseg import cli, images, record_attention, semantics, testing, visualize
@@ -307,25 +317,32 @@ def test_a_function_writes_the_captions(pipe: DiffSegPipeline) -> None:
         pipe(picture(), semantic=True, captioner=lambda pictures: [])
 
 
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+
+
+def save_processors(folder: Path) -> None:
+    """A tokenizer of three words and an image processor."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer.from_pretrained(folder).save_pretrained(folder)
+    BlipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small BLIP that always says "dog"."""
     folder = tmp_path_factory.mktemp("blip")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    common = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {"vocab_size": 8, "encoder_hidden_size": 32, "bos_token_id": 2, "sep_token_id": 3, "pad_token_id": 0}
     config = BlipConfig(
-        text_config={**common, **text, "eos_token_id": 3},
-        vision_config={**common, "image_size": 32, "patch_size": 8},
+        text_config={**SMALL, **SPECIAL, "vocab_size": 8, "encoder_hidden_size": 32, "sep_token_id": 3},
+        vision_config={**SMALL, "image_size": 32, "patch_size": 8},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = BlipForConditionalGeneration(config)
     model.text_decoder.cls.predictions.bias.data[6] = 100.0
     model.save_pretrained(folder)
-    BertTokenizer.from_pretrained(folder).save_pretrained(folder)
-    BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    save_processors(folder)
     return folder
 
 
@@ -341,6 +358,31 @@ def test_blip_writes_the_captions(checkpoint: Path, blip: Path, dtype: torch.dty
     assert kept.model.dtype == dtype
     pipe(picture(), semantic=True, captioner=str(blip))
     assert pipe._captioner is kept
+
+
+def git() -> Any:
+    return GitForCausalLM(
+        GitConfig(vision_config={**SMALL, "image_size": 32, "patch_size": 8}, vocab_size=8, **SMALL, **SPECIAL)
+    )
+
+
+def vision_encoder_decoder() -> Any:
+    decoder = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=8, **SPECIAL)
+    encoder = ViTConfig(**SMALL, image_size=32, patch_size=8)
+    model = VisionEncoderDecoderModel(VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder))
+    for config in (model.config, model.generation_config):
+        config.decoder_start_token_id, config.pad_token_id = SPECIAL["bos_token_id"], SPECIAL["pad_token_id"]
+    return model
+
+
+@pytest.mark.parametrize("build", [git, vision_encoder_decoder])
+def test_other_image_to_text_models(build: Any, tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    save_processors(tmp_path)
+    captioner = semantics.ModelCaptioner(str(tmp_path), torch.device("cpu"), torch.float32)
+    captions = captioner([Image.fromarray(picture()), Image.fromarray(picture(64, 96))])
+    assert len(captions) == 2
+    assert {word for caption in captions for word in caption.split()} <= {"a", "dog", "cat"}
 
 
 @pytest.mark.parametrize(

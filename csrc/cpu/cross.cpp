@@ -141,17 +141,15 @@ int64_t aggregate_cross(const Layer* layers, int64_t count, int64_t batch, const
     Buffer<float> sums(cells * words.count), keys(packed), memory(scratch * threads), squares(words.count * size.height);
     int64_t level_count = 0, used = 0;
     for (int64_t index = 0; index < count; ++index) {
-        const Grid grid = layers[index].grid;
-        WordLevel* level = levels + level_count - 1;
-        if (level_count == 0 || level->grid.height != grid.height || level->grid.width != grid.width) {
+        const Grid grid = layers[index].grid, previous = layers[most<int64_t>(index - 1, 0)].grid;
+        if (index == 0 || grid.height != previous.height || grid.width != previous.width) {
             Tap* down = taps + level_count * (size.height + size.width);
-            *++level = {grid, index, index, sums + used, down, down + size.height};
-            fill_taps(level->down, grid.height, size.height);
-            fill_taps(level->across, grid.width, size.width);
+            fill_taps(down, grid.height, size.height);
+            fill_taps(down + size.height, grid.width, size.width);
+            levels[level_count++] = {grid, index, index, sums + used, down, down + size.height};
             used += grid.cells() * words.count;
-            ++level_count;
         }
-        level->last = index + 1;
+        levels[level_count - 1].last = index + 1;
     }
     int64_t bad = count;
     for (int64_t item = 0; item < batch; ++item) {
