@@ -83,17 +83,14 @@ def _segment(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     pipe = loading.load_pipeline(options.model, options.device, options.dtype)
-    if options.semantic and pipe.text_encoder is None:
-        raise UsageError(
-            f"--semantic: expected a model with a text encoder, such as --model {loading.STABLE_DIFFUSION}"
-        )
+    naming = _naming(options, pipe)
     seconds: dict[str, float] = {}
     written, failed = [], 0
     with tqdm(jobs, unit="image", disable=len(jobs) == 1) as progress:
         for source, labels, overlay in progress:
             try:
-                count, timings = _segment_one(pipe, source, labels, overlay, options)
-            except (ValueError, OSError, ImportError) as error:
+                count, timings = _segment_one(pipe, source, labels, overlay, options, naming)
+            except (ValueError, OSError) as error:
                 failed += 1
                 progress.write(f"{source}: {error}", file=sys.stderr)
                 continue
@@ -151,23 +148,45 @@ def _plan(sources: Sequence[Path], directory: Path, *, force: bool, semantic: bo
     return jobs
 
 
+def _naming(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
+    """The arguments of the pipeline's call that ask for names."""
+    if not options.semantic:
+        return {}
+    from . import semantics
+
+    if pipe.text_encoder is None:
+        raise UsageError(
+            f"--semantic: expected a model with a text encoder, such as --model {loading.STABLE_DIFFUSION}"
+        )
+    names = None if options.labels is None else [name.strip() for name in options.labels.split(",")]
+    if names is None:
+        try:
+            semantics.tagger()
+        except ImportError as error:
+            raise UsageError(f"--semantic: {error}") from error
+    return {
+        "semantic": True,
+        "caption": options.caption,
+        "labels": names,
+        "captioner": options.captioner or semantics.CAPTIONER,
+        "fuse": not options.keep_masks,
+    }
+
+
 def _listing(labels: Path) -> Path:
     """Where the segments of a label image are listed."""
     return labels.with_name(f"{labels.stem.removesuffix('_labels')}_segments.json")
 
 
-def _segment_one(pipe: Any, source: Path, labels: Path, overlay: Path, options: argparse.Namespace) -> Any:
+def _segment_one(
+    pipe: Any, source: Path, labels: Path, overlay: Path, options: argparse.Namespace, naming: dict[str, Any]
+) -> Any:
     """Segments one image and writes its outputs, whole or not at all; (segments, seconds by stage)."""
     from PIL import Image
 
     from . import images, visualize
 
     picture = images.to_tensor(source)
-    naming: dict[str, Any] = {}
-    if options.semantic:
-        names = options.labels and [name.strip() for name in options.labels.split(",")]
-        naming = {"semantic": True, "caption": options.caption, "labels": names, "fuse": not options.keep_masks}
-        naming |= {"captioner": options.captioner} if options.captioner else {}
     output = pipe(
         picture,
         threshold=options.threshold,

@@ -149,14 +149,15 @@ def nouns(text: str) -> dict[str, list[Span]]:
     words = list(_WORD.finditer(text))
     found: dict[str, list[Span]] = {}
     if words:
-        for word, (_, _, tag) in zip(words, _tagger().tag_sent([word[0] for word in words]), strict=True):
+        for word, (_, _, tag) in zip(words, tagger().tag_sent([word[0] for word in words]), strict=True):
             if tag.startswith(("NN", "NP")):
                 found.setdefault(word[0].lower(), []).append(word.span())
     return found
 
 
 @cache
-def _tagger() -> Any:
+def tagger() -> Any:
+    """HanTa with its English model; ImportError, with what to do, where it is not installed."""
     try:
         from HanTa.HanoverTagger import HanoverTagger
     except ImportError as error:

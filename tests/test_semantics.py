@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,8 @@ def test_a_noun_that_stands_twice_is_one_name() -> None:
 
 
 def test_without_the_tagger_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "HanTa.HanoverTagger", None)
-    semantics._tagger.cache_clear()
+    monkeypatch.setitem(sys.modules, "HanTa.HanoverTagger", None)
+    semantics.tagger.cache_clear()
     with pytest.raises(ImportError, match=r"pip install 'diffseg\[semantic\]', or pass labels="):
         semantics.nouns("a dog")
 
@@ -463,6 +464,18 @@ def test_command_line(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert (
         "kept named/street_labels.png, named/street_overlay.png, named/street_segments.json" in capsys.readouterr().err
     )
+
+
+def test_command_line_without_the_tagger(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "HanTa.HanoverTagger", None)
+    semantics.tagger.cache_clear()
+    Image.fromarray(picture(64, 64)).save(tmp_path / "a.png")
+    command = ["segment", str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--model", str(checkpoint)]
+    assert cli.main([*command, "--semantic"]) == 2
+    assert "pip install 'diffseg[semantic]'" in capsys.readouterr().err
+    assert cli.main([*command, "--caption", "a cat", "--labels", "cat"]) == 0
 
 
 def test_command_line_without_a_text_encoder(tmp_path: Path, capsys: Any) -> None:
