@@ -7,14 +7,29 @@ BIN := $(VENV)/bin
 
 # One environment serves both installs; each stamp says which of them it holds.
 
-.PHONY: demo test lint aot clean
+.PHONY: demo test bench sanitize lint aot clean
 
 # -P keeps the checkout's folders (kernels/ above all) from hiding installed packages.
 demo: $(VENV)/installed
 	$(BIN)/python -P -m diffseg.cli segment diffseg/assets/photo.jpg --output demo --force --time
+	$(BIN)/python -P -m diffseg.cli bench aggregate merge label --case bundled --seconds 0.5
 
 test: $(VENV)/tested
 	$(BIN)/python -P -m pytest
+
+# The two-minute subset; `diffseg bench --help` lists what else there is.
+bench: $(VENV)/tested
+	$(BIN)/python -P -m diffseg.cli bench --json benchmarks/results/latest.json --plot benchmarks/results/latest.svg
+
+# The C++ kernels' tests on a build with the address and undefined-behaviour sanitizers, beside the ordinary build.
+SANITIZED := build/sanitize
+SANITIZER_RUNTIMES = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so)
+sanitize: $(VENV)/tested
+	DIFFSEG_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED)
+	test -n "$$(ls $(SANITIZED)/lib*/diffseg/_cpu*.so)"
+	PYTHONPATH="$$(ls -d $(CURDIR)/$(SANITIZED)/lib*)" LD_PRELOAD="$(SANITIZER_RUNTIMES)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	$(BIN)/python -P -m pytest -p no:faulthandler -p no:cacheprovider tests/test_cpu_aggregate.py tests/test_cpu_merge.py tests/test_cpu_label.py
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check .

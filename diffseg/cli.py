@@ -1,4 +1,4 @@
-"""The command line: ``diffseg segment``, ``evaluate``, ``study`` and ``info``."""
+"""The command line: ``diffseg segment``, ``evaluate``, ``study``, ``bench`` and ``info``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from . import __version__, evaluate, loading, study
 from .backends import BACKENDS, available_backends, explain_backends
+from .bench import command as bench
 from .checks import RULES
 from .loading import UsageError
 
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, module, purpose in (
         ("evaluate", evaluate, "measure DiffSeg and its baselines on a data set"),
         ("study", study, "sweep DiffSeg's parameters over a data set"),
+        ("bench", bench, "measure speed, memory and exactness beside plain PyTorch's"),
     ):
         command = commands.add_parser(name, help=purpose, description=module.run.__doc__)
         command.set_defaults(command=module.run)

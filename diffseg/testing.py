@@ -142,7 +142,7 @@ def tiny_pipeline(
     if layout not in ("sd1", "sd2"):
         raise ValueError(f"layout: expected 'sd1' or 'sd2', got {layout!r}")
     unet = tiny_unet(layout, seed=seed, dtype=dtype, **config)
-    tokenizer = _tiny_tokenizer()
+    tokenizer = spelling_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = _tiny_text_encoder(tokenizer, unet.config.cross_attention_dim)
@@ -203,7 +203,7 @@ def _tiny_text_encoder(tokenizer: CLIPTokenizer, hidden_size: int) -> CLIPTextMo
     ).eval()
 
 
-def _tiny_tokenizer() -> CLIPTokenizer:
+def spelling_tokenizer() -> CLIPTokenizer:
     """Spells text in single letters, digits and punctuation marks, each in two tokens: within and at a word's end."""
     letters = string.ascii_lowercase + string.digits + string.punctuation
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]

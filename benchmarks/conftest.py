@@ -1,0 +1,33 @@
+"""``pytest benchmarks/``: the rows of ``diffseg bench``, timed by pytest-benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from diffseg.bench import command
+from diffseg.bench.suite import Suite
+from diffseg.loading import UsageError
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rows", default="", metavar="OPTIONS", help="which, as options of diffseg bench (default: its subset)"
+    )
+
+
+@pytest.fixture(scope="session")
+def suite(pytestconfig: pytest.Config) -> Iterator[Suite]:
+    with Suite(command.parse(pytestconfig.getoption("rows"))) as made:
+        yield made
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "row" in metafunc.fixturenames:
+        try:
+            settings = command.parse(metafunc.config.getoption("rows"))
+        except UsageError as error:
+            raise pytest.UsageError(f"--rows: {error}") from error
+        rows = list(dict.fromkeys(Suite(settings).rows()))
+        metafunc.parametrize("row", rows, ids=str, scope="module")

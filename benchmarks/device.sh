@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Builds, tests and measures on a machine with an NVIDIA GPU of capability 9.0; each phase takes less than 8 minutes.
+# It needs Python 3.10 or later with PyTorch, Triton, setuptools, pybind11 and pytest, and nvcc; no network. Wheels that
+# the machine lacks (diffusers, say) are taken from wheels/ at the root of the checkout, if that folder exists.
+# Results: ${OUT:-benchmarks/results/device}; JSON is written after every row, so an interrupted phase keeps its rows.
+set -uo pipefail
+
+usage() {
+    cat >&2 <<'TEXT'
+usage: benchmarks/device.sh build-test|bench|sanitize|profile
+
+  build-test  build the extensions, run the tests marked gpu
+  bench       ceilings, then every op and the stage: cuda, triton and the eager baseline
+  sanitize    compute-sanitizer memcheck and racecheck of the CUDA kernels on small inputs
+  profile     Nsight Compute on the two kernels that take longest
+TEXT
+    exit 2
+}
+
+[ $# -eq 1 ] || usage
+phase=$1
+case $phase in build-test | bench | sanitize | profile) ;; *) usage ;; esac
+
+cd "$(dirname "$0")/.." || exit 1
+root=$PWD
+out=${OUT:-$root/benchmarks/results/device}
+python=${PYTHON:-python3}
+deadline=$((SECONDS + 460))
+mkdir -p "$out"
+export DIFFSEG_CUDA=1 DIFFSEG_CUDA_ARCHS=${DIFFSEG_CUDA_ARCHS:-90a} PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-16}
+
+# Runs a command for no longer than what is left of the phase, and keeps what it prints.
+within() {
+    local name=$1
+    shift
+    local left=$((deadline - SECONDS))
+    if [ $left -lt 10 ]; then
+        echo "$name: not run, the phase's time is up" | tee -a "$out/$phase.log"
+        return 1
+    fi
+    echo "== $name" | tee -a "$out/$phase.log"
+    timeout --signal=INT --kill-after=15 "$left" "$@" 2>&1 | tee -a "$out/$phase.log"
+}
+
+install() {
+    if compgen -G "$root/wheels/*.whl" >/dev/null; then
+        "$python" -m pip install --quiet --no-index --no-deps --upgrade --target /tmp/diffseg-wheels \
+            "$root"/wheels/*.whl || return
+        export PYTHONPATH=/tmp/diffseg-wheels${PYTHONPATH:+:$PYTHONPATH}
+    fi
+    if [ "$phase" = build-test ] || ! "$python" -P -c "import diffseg._cuda" 2>/dev/null; then
+        "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable . || return
+    fi
+    "$python" -P -m diffseg.cli info
+}
+
+bench() {
+    local name=$1
+    shift
+    within "bench $name" "$python" -P -m diffseg.cli bench "$@" --device cuda --json "$out/$name.json"
+}
+
+run_build_test() {
+    local files
+    mapfile -t files < <(grep -lE 'mark\.gpu' tests/test_*.py)
+    if ! "$python" -c "import diffusers" 2>/dev/null; then
+        mapfile -t files < <(grep -LE '\bdiffusers\b' "${files[@]}")
+    fi
+    within "tests marked gpu" "$python" -P -m pytest -m gpu "${files[@]}" -q --durations=10 --junitxml "$out/gpu-tests.xml"
+}
+
+run_bench() {
+    local status=0
+    bench stage segment aggregate merge label --case sd14 --seconds 1 || status=$?
+    bench rounds round1 rounds merge --case noise sd14 --seconds 0.5 || status=$?
+    bench calls call maps --seconds 0.3 || status=$?
+    bench batches segment --case sd14 --batch 4 8 --seconds 0.5 || status=$?
+    bench sizes segment --case sd14 --size 320 768 1024 --seconds 0.5 || status=$?
+    if "$python" -c "import diffusers" 2>/dev/null; then
+        bench pipeline pipeline capture --architecture sd14 --batch 1 4 8 --seconds 2 || status=$?
+    fi
+    return $status
+}
+
+run_sanitize() {
+    local status=0 tool
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    for tool in memcheck racecheck; do
+        within "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+            --kernel-regex "kns=${DIFFSEG_KERNELS:-diffseg}" \
+            "$python" -P benchmarks/small_inputs.py cuda || status=1
+    done
+    return $status
+}
+
+run_profile() {
+    local kernels kernel status=0
+    mapfile -t kernels < <("$python" -P benchmarks/slowest_kernels.py 2>>"$out/$phase.log")
+    [ ${#kernels[@]} -gt 0 ] || { echo "no kernel was found: see $out/$phase.log" >&2; return 1; }
+    for kernel in "${kernels[@]}"; do
+        within "ncu $kernel" ncu --set full --clock-control none --kernel-name "$kernel" --launch-count 1 \
+            --force-overwrite --export "$out/$kernel" --page details \
+            "$python" -P benchmarks/slowest_kernels.py --run || status=1
+        ncu --import "$out/$kernel.ncu-rep" --page details >"$out/$kernel.txt" 2>/dev/null || status=1
+    done
+    return $status
+}
+
+install > >(tee "$out/$phase.log") 2>&1 || exit 1
+"run_${phase//-/_}"

@@ -1,0 +1,51 @@
+"""Every contender of every row, checked and then timed by pytest-benchmark in rounds of its own.
+
+``diffseg bench`` interleaves the contenders of a row, so its ratios hold on a busy machine; use this for
+pytest-benchmark's histograms, storage and comparison of runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from diffseg.bench import run
+from diffseg.bench.cases import Unavailable
+from diffseg.bench.suite import Plan, Row, Suite
+from diffseg.bench.timing import Timer
+
+ROUNDS = 5
+
+
+@pytest.fixture(scope="module")
+def plan(suite: Suite, row: Row) -> Plan:
+    try:
+        with torch.no_grad():
+            return suite.plan(row)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_row(benchmark: Any, suite: Suite, row: Row, plan: Plan, position: int) -> None:
+    if position >= len(plan.contenders):
+        pytest.skip("the row has fewer contenders")
+    contender = plan.contenders[position]
+    if contender.elsewhere or contender.minus is not None:
+        pytest.skip("timed by diffseg bench only")
+    with torch.no_grad():
+        timed = run.gated([contender], plan.inputs, Timer(suite.device, 0.0))[0]
+        benchmark.group = str(row)
+        benchmark.name = contender.name
+        benchmark.extra_info.update(role=contender.role, checked=contender.check is not None, first=timed.cold)
+        inputs = itertools.cycle(plan.inputs)
+
+        def call(given: Any) -> None:
+            contender.run(given)
+            if suite.device.type == "cuda":
+                torch.cuda.synchronize(suite.device)
+
+        benchmark.pedantic(call, setup=lambda: ((next(inputs),), {}), rounds=ROUNDS, warmup_rounds=1)

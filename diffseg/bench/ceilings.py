@@ -1,0 +1,155 @@
+"""The machine and what it can do at most: copy bandwidth, matrix products, exponentials."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cost import Ceilings
+
+_SECONDS = 0.5  # of measuring each ceiling
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a figure must be read with: processor, instruction set, threads, versions, GPU."""
+    found: dict[str, Any] = {
+        "processor": _processor(),
+        "isa": _isa(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["gpu"] = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
+        found["cuda"] = torch.version.cuda or torch.version.hip
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {**found, "load": load}
+
+
+def machine_line(found: dict[str, Any]) -> str:
+    parts = [f"{found['processor']} ({found['isa']}, {found['threads']} threads)"]
+    parts += [found["gpu"]] if "gpu" in found else []
+    parts += [f"torch {found['torch']}", f"Python {found['python']}"]
+    if found["load"] is not None:
+        parts.append(f"load {found['load']:.1f}")
+    return ", ".join(parts)
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the cache before the memory."""
+    if device.type == "cuda":
+        size: int = torch.cuda.get_device_properties(device).L2_cache_size
+        return size
+    found = [_bytes(path.read_text()) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max(found, default=32 << 20)
+
+
+def measure(device: torch.device) -> Ceilings:
+    """Measures the ceilings of ``device``; takes a few seconds."""
+    on_gpu = device.type == "cuda"
+    products = {"float32": _product(device, torch.float32), "bfloat16": _product(device, torch.bfloat16)}
+    if on_gpu:
+        with _tf32():
+            products["tf32"] = _product(device, torch.float32)
+    return Ceilings(_copy(device), products, _exponentials(device), overlap=on_gpu)
+
+
+def _copy(device: torch.device) -> float:
+    source = torch.rand(64 << 20, device=device)
+    target = torch.zeros_like(source)
+    return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device)
+
+
+def _product(device: torch.device, dtype: torch.dtype) -> float:
+    side = 8192 if device.type == "cuda" else 1536
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(side, side, dtype=dtype, device=device)
+    return 2 * side**3 / _fastest(lambda: torch.mm(left, right, out=out), device)
+
+
+def _exponentials(device: torch.device) -> float:
+    if device.type == "cuda":
+        return _exponentials_of_registers(device)
+    values = torch.rand(1 << 16)  # within a second-level cache
+    out = torch.zeros_like(values)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a thread that waits for the other would be measured with it
+    try:
+        return threads * values.numel() / _fastest(lambda: torch.exp(values, out=out), device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _exponentials_of_registers(device: torch.device) -> float:
+    """Of values that stay in registers: an elementwise exp would measure the memory. Unlimited without Triton."""
+    try:
+        from ..kernels.exponentials import count, run
+    except ImportError:
+        return float("inf")
+    out = torch.zeros(1 << 20, device=device)
+    return count(out) / _fastest(lambda: run(out), device)
+
+
+def _fastest(run: Callable[[], Tensor | None], device: torch.device) -> float:
+    """Seconds of the fastest call: a ceiling is what was reached once."""
+    run()
+    best, end = float("inf"), time.perf_counter() + _SECONDS
+    while time.perf_counter() < end:
+        best = min(best, _seconds(run, device))
+    return best
+
+
+def _seconds(run: Callable[[], Tensor | None], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1000
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+class _tf32:  # noqa: N801  (a context manager)
+    def __enter__(self) -> None:
+        self.before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = self.before
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _isa() -> str:
+    try:
+        from .. import _cpu
+    except ImportError:
+        return f"torch: {torch.backends.cpu.get_cpu_capability()}"
+    return str(_cpu.isa())
+
+
+def _bytes(text: str) -> int:
+    """``"32768K"`` as a number."""
+    text = text.strip()
+    factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
+    return int(text.rstrip("KMG")) * factor

@@ -1,0 +1,148 @@
+"""``diffseg bench``: its options, and the run."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..loading import UsageError
+from ..reference import Grid
+from . import ceilings, plot, report
+from .networks import ARCHITECTURES
+from .run import Journal, Record, check_backends, run_rows
+from .suite import STAGES, Settings, Suite
+from .timing import Timer
+
+SECONDS, SUBSET_SECONDS, QUICK_SECONDS = 1.0, 0.5, 0.1
+QUICK_SIZE = "320"
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    stages = "; ".join(f"{name}: {what}" for name, what in STAGES.items())
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{stages} (default: a two-minute subset)")
+    parser.add_argument("--size", nargs="+", metavar="PIXELS", help="of images: 512 or 512x768 (default: 512)")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="B", help="images at once (default: 1)")
+    parser.add_argument("--case", nargs="+", default=[], metavar="CASE", help="golden, bundled, sd14, thin or noise")
+    parser.add_argument("--backend", nargs="+", default=[], metavar="NAME", help="(default: all that can run)")
+    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of queries, keys and networks (default: float16 on cuda)")
+    parser.add_argument("--quick", action="store_true", help=f"size {QUICK_SIZE}, fewest samples")
+    parser.add_argument(
+        "--seconds", type=float, help=f"of sampling a contender (default: {SECONDS}, in the subset {SUBSET_SECONDS})"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write what was measured, after every row")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw it, as .png or .svg (needs matplotlib)")
+    parser.add_argument("--published", type=Path, metavar="PATH", help="a checkout of the published TensorFlow code")
+    parser.add_argument("--published-python", metavar="PATH", help="the interpreter that has TensorFlow")
+    parser.add_argument("--model", help="a checkpoint on disk for capture and pipeline (default: the bundled one)")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, help="its layers with random weights instead")
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """Raises UsageError, naming the option."""
+    unknown = [stage for stage in options.stages if stage not in STAGES]
+    if unknown:
+        raise UsageError(f"STAGE: expected some of {', '.join(STAGES)}, got {unknown[0]!r}")
+    device = _device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if min(options.batch) < 1:
+        raise UsageError(f"--batch: expected at least 1, got {min(options.batch)}")
+    if options.published is not None and not options.published.is_dir():
+        raise UsageError(f"--published: expected a folder, got {options.published}")
+    if options.model is not None and not Path(options.model).is_dir():
+        raise UsageError(f"--model: expected a folder, got {options.model}")
+    try:
+        check_backends(options.backend, device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return Settings(
+        stages=tuple(dict.fromkeys(options.stages)),
+        cases=tuple(options.case),
+        sizes=tuple(_size(text) for text in options.size or [QUICK_SIZE if options.quick else "512"]),
+        batches=tuple(options.batch),
+        backends=tuple(options.backend),
+        device=device,
+        dtype=_DTYPES[options.dtype or ("float16" if device.type == "cuda" else "float32")],
+        published=options.published,
+        published_python=options.published_python,
+        model=options.model,
+        architecture=options.architecture,
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def _size(text: str) -> Grid:
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    height, width = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if min(height, width) < 128 or height % 64 or width % 64:
+        raise UsageError(f"--size: expected a multiple of 64 from 128, or two as 512x768, got {text}")
+    return height, width
+
+
+def run(options: argparse.Namespace) -> int:
+    """Times every backend against plain PyTorch and other peers, each result checked first (benchmarks/README.md).
+
+    Ends with status 1 if a result is wrong, 130 if interrupted; --json then still holds every row that was measured.
+    """
+    settings = settings_of(options)
+    if options.plot is not None:
+        try:
+            plot.check(options.plot)
+        except plot.PlotError as error:
+            raise UsageError(str(error)) from error
+    for path in (options.json, options.plot):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    limits = ceilings.measure(settings.device)
+    journal = Journal(options.json, command_line(options), settings.device, limits)
+    line = ceilings.machine_line(journal.contents["machine"])
+    print(report.header(journal.contents, line), flush=True)
+    seconds = options.seconds or (QUICK_SECONDS if options.quick else SUBSET_SECONDS if settings.subset else SECONDS)
+    interrupted = False
+    try:
+        with Suite(settings) as suite, torch.no_grad():
+            run_rows(suite, Timer(settings.device, seconds), limits, journal, _show)
+    except KeyboardInterrupt:
+        interrupted = True
+        print(f"\ninterrupted after {len(journal.contents['rows'])} rows")
+    if options.plot is not None and any(row["state"] == "measured" for row in journal.contents["rows"]):
+        plot.save(journal.contents["rows"], line, options.plot)
+    if journal.failed:
+        print(f"\n{len(journal.failed)} of {len(journal.contents['rows'])} rows FAILED")
+        return 1
+    return 130 if interrupted else 0
+
+
+def command_line(options: argparse.Namespace) -> list[str]:
+    """The options that were given, without paths to other software."""
+    hidden = {"published", "published_python", "json", "plot", "command"}
+    words = [*options.stages]
+    for name, value in vars(options).items():
+        if name != "stages" and name not in hidden and value not in (None, [], False, [1]):
+            words += [f"--{name.replace('_', '-')}"]
+            words += [] if value is True else [str(each) for each in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def _show(record: Record) -> None:
+    print(report.row(record), flush=True)
+
+
+def parse(text: str) -> Settings:
+    """Settings from options as one would type them."""
+    parser = argparse.ArgumentParser(prog="diffseg bench")
+    add_arguments(parser)
+    options: Any = parser.parse_args(shlex.split(text))
+    return settings_of(options)

@@ -1,0 +1,101 @@
+"""Tables that a person can read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+Record = dict[str, Any]
+
+_COLUMNS = ("", "first call", "median", "p20 to p80", "times faster", "p20 to p80", "of floor", "memory")
+
+
+def seconds(value: float | None) -> str:
+    """Three digits and a unit."""
+    if value is None:
+        return ""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if abs(value) >= 0.9995 * size:
+            return f"{_digits(value / size)} {unit}"
+    return f"{_digits(value / 1e-6)} us"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
+
+
+def amount(value: int | None) -> str:
+    if value is None:
+        return ""
+    return f"{value / 2**20:.0f} MiB" if value >= 2**20 else f"{value / 2**10:.0f} KiB"
+
+
+def factor(value: float | None) -> str:
+    return "" if value is None else _digits(value)
+
+
+def _comparison(value: float) -> str:
+    return f"{factor(value)} times faster" if value >= 1 else f"{factor(1 / value)} times slower"
+
+
+def header(contents: Record, line: str) -> str:
+    limits = contents["ceilings"]
+    products = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in limits["products"].items() if value)
+    exponentials = limits["exponentials"]
+    lines = [
+        line,
+        f"ceilings: copy {limits['copy'] / 1e9:.1f} GB/s (read + written); products {products} GFLOP/s; "
+        + (f"exp {exponentials / 1e9:.2f} G/s" if exponentials else "exp not measured"),
+        *(f"backend {name}: {state}" for name, state in contents["backends"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def row(record: Record) -> str:
+    """The table of one row of the suite."""
+    title = record["name"]
+    if record["state"] != "measured":
+        return f"\n{title}: {record['state'].upper()}: {record['reason']}"
+    floor = f", floor {seconds(record['floor_seconds'])}" if record["floor_seconds"] else ""
+    lines = [f"\n{title} (grid {record['grid'][0]} x {record['grid'][1]}){floor}"]
+    lines += aligned([_COLUMNS, *(_cells(each, record) for each in record["contenders"])])
+    lines += [f"  {note}" for note in record["notes"]]
+    lines += [f"  {'*' if not each['same_work'] else each['name']}: {each['note']}" for each in record["contenders"]
+              if each["note"]]  # fmt: skip
+    lines += [
+        f"  {each['subject']}: {_comparison(each['times_faster']['median'])} than {each['peer']}"
+        for each in record["against_peers"]
+        if each["times_faster"]["median"]
+    ]
+    if record["stage"] == "pipeline":
+        lines += [
+            f"  {each['name']}: p50 {seconds(each['seconds']['median'])}, p99 {seconds(each['p99_seconds'])}, "
+            f"{each['images_per_second']:.3g} images/s"
+            for each in record["contenders"]
+        ]
+    return "\n".join(lines)
+
+
+def _cells(entry: Record, record: Record) -> tuple[str, ...]:
+    spread, faster = entry["seconds"], entry["times_faster"]
+    is_baseline = entry["name"] == record["baseline"]
+    return (
+        entry["name"] + ("" if entry["same_work"] else " *"),
+        seconds(entry["cold_seconds"]),
+        seconds(spread["median"]),
+        f"{seconds(spread['p20'])} to {seconds(spread['p80'])}",
+        "baseline" if is_baseline else factor(faster["median"]) or "lost in noise",
+        "" if is_baseline or faster["median"] is None else f"{factor(faster['p20'])} to {factor(faster['p80'])}",
+        "" if entry["floor_share"] is None else f"{entry['floor_share']:.0%}",
+        amount(entry["memory_bytes"]),
+    )
+
+
+def aligned(table: Iterable[tuple[str, ...]]) -> list[str]:
+    """The first column to the left, the others to the right."""
+    rows = list(table)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  " + "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]

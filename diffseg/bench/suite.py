@@ -1,0 +1,528 @@
+"""The rows of the suite: which there are, and how each one's inputs, contenders and gates are made."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..backends import BACKENDS, OPS
+from ..reference import Grid
+from . import cases, cost, gates, peers
+from .cases import Case, Unavailable
+from .cost import Work
+from .timing import Contender
+
+ITERATIONS = 3
+ANCHORS = 16
+GROWING_SIZES = (256, 384, 512, 768)  # grids of 32, 48, 64 and 96 a side
+GROWING_ANCHORS = (8, 16, 32)
+_TINY = (32, 32)  # an image whose grid is 4 x 4
+
+STAGES = {
+    "aggregate": "A_f from queries and keys",
+    "maps": "A_f from attention maps",
+    "round1": "merging, round 1",
+    "rounds": "merging, rounds 2 and 3",
+    "merge": "merging, all rounds",
+    "label": "upsample and argmax",
+    "segment": "queries and keys to labels",
+    "published": "maps to labels, by the published code's rule",
+    "call": "one call on tiny inputs",
+    "capture": "a UNet's forward pass, with and without recording",
+    "pipeline": "image to labels",
+    "growth": "aggregate and merge as the grid and the anchors grow",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure, and on what."""
+
+    stages: tuple[str, ...] = ()  # none: the subset that takes two minutes on two cores
+    cases: tuple[str, ...] = ()  # none: those that suit the stage
+    sizes: tuple[Grid, ...] = ((512, 512),)  # of images, in pixels
+    batches: tuple[int, ...] = (1,)
+    backends: tuple[str, ...] = ()  # none: all that can run
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32  # of queries, keys and networks
+    published: Path | None = None
+    published_python: str | None = None
+    model: str | None = None
+    architecture: str | None = None
+
+    @property
+    def subset(self) -> bool:
+        return not self.stages
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of comparison: a stage on an input."""
+
+    stage: str
+    case: str
+    size: Grid = (512, 512)
+    batch: int = 1
+    anchors: int = ANCHORS  # a side
+    series: str = ""  # of the growth that it is a point of: "cells" or "anchors"
+
+    @property
+    def grid(self) -> Grid:
+        return (self.size[0] // 8, self.size[1] // 8)
+
+    @property
+    def cells(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def __str__(self) -> str:
+        words = [self.stage, self.case, f"{self.size[0]}x{self.size[1]}", f"B={self.batch}"]
+        return " ".join([*words, f"M={self.anchors}"] if self.anchors != ANCHORS else words)
+
+
+@dataclass
+class Plan:
+    """A row, ready to run."""
+
+    inputs: list[Any]
+    contenders: list[Contender]
+    work: Work | None = None
+    precision: str = "float32"  # of the products of the floor
+    notes: list[str] = field(default_factory=list)
+
+
+class Suite:
+    """Makes the rows that ``settings`` ask for. Use it as a context: it may hold other processes."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.device = settings.device
+        self._cases: dict[tuple[Any, ...], Case] = {}
+        self._held = ExitStack()
+
+    def __enter__(self) -> Suite:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def rows(self) -> Iterator[Row]:
+        settings = self.settings
+        for size in settings.sizes:
+            for batch in settings.batches:
+                for stage in settings.stages or STAGES:
+                    given = _TINY if stage == "call" else size
+                    yield from (Row(stage, case, given, batch) for case in self._cases_of(stage, size))
+        if settings.subset or "growth" in settings.stages:
+            yield from self._growing()
+
+    def _growing(self) -> Iterator[Row]:
+        sizes = GROWING_SIZES[:3] if self.settings.subset else GROWING_SIZES
+        for stage in ("aggregate", "merge"):
+            yield from (Row(stage, "thin", (side, side), series="cells") for side in sizes)
+        yield from (Row("merge", "thin", anchors=anchors, series="anchors") for anchors in GROWING_ANCHORS)
+
+    def _cases_of(self, stage: str, size: Grid) -> list[str]:
+        if stage == "growth":  # has sizes of its own
+            return []
+        if stage == "call":
+            return list(OPS)
+        if stage in ("capture", "pipeline"):
+            return [self.settings.architecture or ("bundled" if self.settings.model is None else "model")]
+        if self.settings.cases:
+            return list(self.settings.cases)
+        golden = size == (512, 512) and cases.golden_available()
+        if stage == "published":
+            return ["golden" if golden else "thin"]
+        on_gpu = self.device.type == "cuda"
+        if self.settings.subset and not on_gpu:
+            return {"maps": ["golden" if golden else "thin"], "merge": ["bundled", "noise"]}.get(stage, ["bundled"])
+        wide = ["sd14"] if on_gpu or stage in ("aggregate", "segment") else []
+        noise = ["noise"] if stage in ("round1", "rounds", "merge", "label") else []
+        if stage == "maps":
+            return ["golden"] if golden else ["thin"]
+        return [*wide, *(["golden"] if golden else []), "bundled", *noise]
+
+    def plan(self, row: Row) -> Plan:
+        """Makes inputs and contenders, which may take longer than timing them. Raises Unavailable."""
+        needed, free = memory_needed(row), memory_free(self.device)
+        if needed > free:
+            raise Unavailable(f"it needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
+        if row.stage in ("capture", "pipeline"):
+            from . import networks
+
+            return networks.plan(row, self.settings)
+        plan: Plan = getattr(self, f"_{row.stage}")(row)
+        plan.notes += [f"{each.name}: {each.unavailable}" for each in plan.contenders if each.unavailable]
+        plan.contenders = [each for each in plan.contenders if not each.unavailable]
+        return plan
+
+    def case(self, row: Row) -> Case:
+        key = (row.case, row.size, row.batch)
+        if key not in self._cases:
+            self._cases.clear()  # one at a time: A_f of a large image is gigabytes
+            self._cases[key] = self._made(row)
+        return self._cases[key]
+
+    def _made(self, row: Row) -> Case:
+        dtype = self.settings.dtype
+        if row.case == "golden":
+            return cases.golden(row.batch, self.device, dtype)
+        if row.case == "bundled":
+            return cases.bundled(row.size, row.batch, self.device)
+        if row.case == "sd14":
+            return cases.sd14(row.size, row.batch, self.device, dtype)
+        if row.case == "thin":
+            layers = [
+                cost.Layer((cases.side_of(row.size[0], layer), cases.side_of(row.size[1], layer)), 2, 40)
+                for layer in cost.SD14[::5]
+            ]
+            return cases.structured("thin", layers, row.size, row.batch, self.device, dtype)
+        raise Unavailable(f"there is no case {row.case!r} for {row.stage}")
+
+    def backends(self, op: str, dtype: torch.dtype) -> list[str]:
+        """The backends to time: all that can run but the reference, which is the baseline."""
+        names = self.settings.backends or tuple(BACKENDS)
+        return [name for name in names if name != "reference" and BACKENDS[name].can_run(op, self.device, dtype)]
+
+    def _subjects(self, op: str, dtype: torch.dtype, run: Callable[[Any, str], Any], check: Any) -> list[Contender]:
+        return [
+            Contender(name, "subject", partial(_with, run, name), check, recordable=True)
+            for name in self.backends(op, dtype)
+        ]
+
+    def _precision(self, dtype: torch.dtype) -> str:
+        """Of the products that the contract allows on this device."""
+        return "bfloat16" if self.device.type == "cuda" and dtype != torch.float32 else "float32"
+
+    def _aggregate(self, row: Row) -> Plan:
+        case = self.case(row)
+        check = gates.attention_gate(case)
+        dtype = case.queries[0].dtype
+
+        def run(given: Any, backend: str) -> Any:
+            queries, keys, rows = given
+            return ops.aggregate(queries, keys, grids=case.grids, scales=case.scales, logsumexps=rows, backend=backend)
+
+        contenders = self._subjects("aggregate", dtype, run, check)
+        contenders += [
+            Contender("eager", "baseline", lambda given: run(given, "reference"), check),
+            Contender(
+                "sdpa", "peer", lambda given: peers.sdpa(given[0], given[1], case.scales), note="other work: no A_f"
+            ),
+        ]
+        work = self._aggregate_work(case)
+        inputs = cases.rotated((case.queries, case.keys, case.logsumexps), self.device)
+        return Plan(inputs, contenders, work, self._precision(dtype))
+
+    def _aggregate_work(self, case: Case) -> Work:
+        return cost.aggregate(
+            case.layers, element=case.queries[0].element_size(), logsumexps=case.logsumexps is not None,
+            passes=None if self.device.type == "cuda" else 1, batch=case.batch,
+        )  # fmt: skip
+
+    def _maps(self, row: Row) -> Plan:
+        case = self.case(row)
+        check = gates.attention_gate(case, case.maps)
+
+        def run(maps: Any, backend: str) -> Any:
+            return ops.aggregate_maps(maps, grids=case.grids, backend=backend)
+
+        contenders = self._subjects("aggregate_maps", torch.float32, run, check)
+        contenders.append(Contender("eager", "baseline", lambda maps: run(maps, "reference"), check))
+        work = cost.aggregate_maps(case.layers, batch=row.batch)
+        return Plan(cases.rotated(case.maps, self.device), contenders, work)
+
+    def _attention(self, row: Row) -> tuple[torch.Tensor, float]:
+        """A_f and the threshold of a row that merges."""
+        if row.case == "noise":
+            return cases.noise(row.grid, row.batch, self.device)
+        case = self.case(row)
+        return case.attention, case.threshold
+
+    def _merging(self, row: Row, iterations: int, rule: ops.Rule = "paper") -> Any:
+        """The ways to merge: (A_f, backend or walk) -> Proposals, and what they share."""
+        attention, threshold = self._attention(row)
+        anchors = ops.anchor_indices(row.grid, row.anchors)
+        thresholds = [threshold] * iterations
+
+        def by_backend(given: torch.Tensor, backend: str) -> ops.Proposals:
+            return ops.merge(
+                given, grid=row.grid, anchors=row.anchors, iterations=iterations, threshold=threshold, rule=rule,
+                backend=backend,
+            )  # fmt: skip
+
+        def eagerly(given: torch.Tensor, walk: str) -> ops.Proposals:
+            return peers.eager_merge(given, row.grid, anchors, thresholds, rule, walk)
+
+        return attention, threshold, anchors, by_backend, eagerly
+
+    def _eager(self, run: Callable[[Any, str], Any], check: Any, minus: Any = None) -> list[Contender]:
+        return [
+            Contender(
+                f"eager, {walk} walk",
+                "baseline",
+                partial(_with, run, walk),
+                check,
+                minus=None if minus is None else partial(_with, minus, walk),
+            )
+            for walk in peers.WALKS
+        ]
+
+    def _walks(self) -> int:
+        """How many of the eager walks to time in a whole stage: on a CPU they differ by less than the rest varies."""
+        return len(peers.WALKS) if self.device.type == "cuda" else 1
+
+    def _round1(self, row: Row) -> Plan:
+        attention, threshold, anchors, by_backend, eagerly = self._merging(row, 1)
+        check, density = gates.first_round_gate(attention, row.grid, anchors, threshold)
+        contenders = self._subjects("merge", attention.dtype, by_backend, check)
+        contenders.append(Contender("eager", "baseline", lambda given: eagerly(given, "host"), check))
+        if not self.settings.subset:
+            contenders += self._first_round_peers(row, anchors, threshold, check)
+        return Plan(
+            cases.rotated(attention, self.device), contenders,
+            self._first_round_work(row, density), self._merge_precision(), [f"{density:.0%} of pairs match"],
+        )  # fmt: skip
+
+    def _first_round_peers(self, row: Row, anchors: Sequence[int], threshold: float, check: Any) -> list[Contender]:
+        index = torch.tensor(anchors, device=self.device)
+        counts = torch.full((row.batch,), len(anchors), dtype=torch.int32, device=self.device)
+
+        def proposals(maps: torch.Tensor) -> ops.Proposals:
+            return ops.Proposals(maps, counts, row.grid)
+
+        return [
+            Contender(
+                "torch.compile", "peer", lambda given: proposals(peers.compiled_first_round()(given, index, threshold)),
+                check, unavailable=peers.compiler_missing(),
+            ),
+            Contender(
+                "literal broadcast form", "peer",
+                lambda given: proposals(
+                    torch.stack([peers.literal_first_round(each, anchors, threshold) for each in given])
+                ),
+                check,
+            ),
+        ]  # fmt: skip
+
+    def _first_round_work(self, row: Row, density: float) -> Work:
+        return cost.first_round(row.cells, row.anchors**2, density=density, products=self._products(), batch=row.batch)
+
+    def _products(self) -> int:
+        return cost.SPLIT_PRODUCTS if self.device.type == "cuda" else 1
+
+    def _merge_precision(self) -> str:
+        return "bfloat16" if self.device.type == "cuda" else "float32"
+
+    def _rounds(self, row: Row) -> Plan:
+        attention, threshold, anchors, by_backend, eagerly = self._merging(row, ITERATIONS)
+        *_, first_by_backend, first_eagerly = self._merging(row, 1)
+        check = gates.merge_gate(attention, row.grid, row.size, anchors, [threshold] * ITERATIONS, "paper")
+        contenders = self._subjects("merge", attention.dtype, by_backend, check)
+        for each in contenders:
+            each.recordable = False  # a graph's two times are not taken in one sample
+            each.minus = partial(_with, first_by_backend, each.name)
+        contenders += self._eager(eagerly, check, minus=first_eagerly)
+        work = cost.later_rounds(row.cells, row.anchors**2, ITERATIONS - 1, products=self._products(), batch=row.batch)
+        notes = ["the difference of three rounds and one, sample by sample"]
+        return Plan(cases.rotated(attention, self.device), contenders, work, self._merge_precision(), notes)
+
+    def _merge(self, row: Row) -> Plan:
+        attention, threshold, anchors, by_backend, eagerly = self._merging(row, ITERATIONS)
+        check = gates.merge_gate(attention, row.grid, row.size, anchors, [threshold] * ITERATIONS, "paper")
+        _, density = gates.first_round_gate(attention, row.grid, anchors, threshold)
+        contenders = self._subjects("merge", attention.dtype, by_backend, check) + self._eager(eagerly, check)
+        work = self._first_round_work(row, density) + cost.later_rounds(
+            row.cells, row.anchors**2, ITERATIONS - 1, products=self._products(), batch=row.batch
+        )
+        notes = [f"{density:.0%} of pairs match in round 1"]
+        return Plan(cases.rotated(attention, self.device), contenders, work, self._merge_precision(), notes)
+
+    def _label(self, row: Row) -> Plan:
+        *_, eagerly = merging = self._merging(row, ITERATIONS)
+        proposals = eagerly(merging[0], "host")
+        check = gates.label_gate(proposals, row.size)
+
+        def run(given: ops.Proposals, backend: str) -> torch.Tensor:
+            return ops.label(given, row.size, backend=backend)
+
+        contenders = self._subjects("label", torch.float32, run, check)
+        contenders.append(Contender("eager", "baseline", lambda given: run(given, "reference"), check))
+        count = float(proposals.counts.float().mean())
+        work = cost.label(row.cells, count, row.size, batch=row.batch)
+        return Plan(cases.rotated(proposals, self.device), contenders, work, "float32", [f"{count:.0f} proposals"])
+
+    def _segment(self, row: Row) -> Plan:
+        case = self.case(row)
+        anchors = ops.anchor_indices(row.grid, row.anchors)
+        thresholds = [case.threshold] * ITERATIONS
+
+        def run(given: Any, backend: str) -> Any:
+            queries, keys, rows = given
+            return ops.segment(
+                queries, keys, case.size, grids=case.grids, scales=case.scales, logsumexps=rows,
+                threshold=case.threshold, backend=backend,
+            )  # fmt: skip
+
+        def eagerly(given: Any, walk: str) -> Any:
+            queries, keys, rows = given
+            attention = ops.aggregate(
+                queries, keys, grids=case.grids, scales=case.scales, logsumexps=rows, backend="reference"
+            )
+            proposals = peers.eager_merge(attention, row.grid, anchors, thresholds, "paper", walk)
+            return peers.eager_labels(proposals, case.size)
+
+        expected = eagerly((case.queries, case.keys, case.logsumexps), "host")
+        check = gates.labels_gate(expected)
+        dtype = case.queries[0].dtype
+        contenders = self._subjects("aggregate", dtype, run, check) + self._eager(eagerly, check)[: self._walks()]
+        if not self.settings.subset and peers.kmeans_missing() is None:
+            clusters = int(expected[0].max()) + 1
+            attention = case.attention
+            contenders.append(
+                Contender(
+                    "k-means on A_f", "peer", lambda _: peers.kmeans(attention, row.grid, clusters, case.size),
+                    note=f"other work: scikit-learn, k = {clusters}, from A_f, first image",
+                )
+            )  # fmt: skip
+        work = self._stage_work(row, case, expected)
+        inputs = cases.rotated((case.queries, case.keys, case.logsumexps), self.device)
+        return Plan(inputs, contenders, work, self._merge_precision())
+
+    def _stage_work(self, row: Row, case: Case, labels: torch.Tensor) -> Work:
+        _, density = gates.first_round_gate(
+            case.attention, row.grid, ops.anchor_indices(row.grid, row.anchors), case.threshold
+        )
+        merge = self._first_round_work(row, density) + cost.later_rounds(
+            row.cells, row.anchors**2, ITERATIONS - 1, products=self._products(), batch=row.batch
+        )
+        return (
+            self._aggregate_work(case)
+            + merge
+            + cost.label(row.cells, float(labels.max()) + 1, case.size, batch=row.batch)
+        )
+
+    def _published(self, row: Row) -> Plan:
+        case = self.case(row)
+        anchors = ops.anchor_indices(row.grid, row.anchors)
+        thresholds = [case.threshold] * ITERATIONS
+
+        def run(maps: Any, backend: str) -> Any:
+            attention = ops.aggregate_maps(maps, grids=case.grids, backend=backend)
+            proposals = ops.merge(
+                attention, grid=row.grid, anchors=row.anchors, threshold=case.threshold, rule="official",
+                backend=backend,
+            )  # fmt: skip
+            return ops.label(proposals, case.size, backend=backend)
+
+        def eagerly(maps: Any, walk: str) -> Any:
+            attention = ops.aggregate_maps(maps, grids=case.grids, backend="reference")
+            proposals = peers.eager_merge(attention, row.grid, anchors, thresholds, "official", walk)
+            return ops.label(proposals, case.size, backend="reference")
+
+        check = gates.labels_gate(eagerly([maps.double() for maps in case.maps], "host"))
+        contenders = self._subjects("aggregate_maps", torch.float32, run, check)
+        contenders += self._eager(eagerly, check)[: self._walks()]
+        contenders.append(
+            Contender(
+                "literal broadcast form", "peer", peers.literal_from_maps(case, anchors, ITERATIONS), check,
+                note="the published code's steps in torch",
+            )
+        )  # fmt: skip
+        notes = []
+        if self.settings.published is None:
+            notes.append("the published code itself: give its checkout with --published")
+        else:
+            contenders.append(self._published_contender(case, row, check))
+        return Plan(cases.rotated(case.maps, self.device), contenders, notes=notes)
+
+    def _published_contender(self, case: Case, row: Row, check: Any) -> Contender:
+        from .published import Published
+
+        name = "published code (TensorFlow)"
+        assert self.settings.published is not None
+        try:
+            process = Published(
+                self.settings.published, self.settings.published_python, case, rounds=ITERATIONS, points=row.anchors
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            return Contender(name, "peer", lambda _: None, unavailable=str(error))
+        self._held.enter_context(process)
+        return Contender(
+            name, "peer", process, lambda measured: check(measured.labels), elsewhere=True,
+            note="its own process and clock; its first round is in float16",
+        )  # fmt: skip
+
+    def _call(self, row: Row) -> Plan:
+        layers = [cost.Layer(row.grid, 1, 8), cost.Layer((2, 2), 1, 8)]
+        case = cases.structured("tiny", layers, row.size, row.batch, self.device, self.settings.dtype, given=False)
+        attention = case.attention
+        proposals = ops.merge(attention, anchors=2, backend="reference")
+        op: dict[str, tuple[Any, Callable[[Any, str], Any], Any]] = {
+            "aggregate": (
+                (case.queries, case.keys),
+                lambda given, name: ops.aggregate(*given, backend=name),
+                gates.attention_gate(case),
+            ),
+            "aggregate_maps": (
+                case.maps,
+                lambda given, name: ops.aggregate_maps(given, backend=name),
+                gates.attention_gate(case, case.maps),
+            ),
+            "merge": (
+                attention,
+                lambda given, name: ops.merge(given, anchors=2, backend=name),
+                gates.merge_gate(
+                    attention, row.grid, row.size, ops.anchor_indices(row.grid, 2), [1.0] * ITERATIONS, "paper"
+                ),
+            ),
+            "label": (
+                proposals,
+                lambda given, name: ops.label(given, row.size, backend=name),
+                gates.label_gate(proposals, row.size),
+            ),
+        }
+        given, run, check = op[row.case]
+        contenders = self._subjects(row.case, attention.dtype, run, check)
+        contenders.append(Contender("eager", "baseline", lambda each: run(each, "reference"), check))
+        addend = torch.zeros(16, device=self.device)
+        contenders.append(
+            Contender("one torch.add", "peer", lambda _: addend + 1, note="other work: a torch call's cost")
+        )
+        return Plan([given], contenders)
+
+
+def _with(run: Callable[[Any, str], Any], way: str, given: Any) -> Any:
+    return run(given, way)
+
+
+def memory_needed(row: Row) -> float:
+    """Bytes, about: A_f of the batch thrice, and the float64 oracle's matrices of one image."""
+    if row.stage in ("call", "capture", "pipeline"):
+        return 0.0
+    heads = {"golden": 2, "bundled": 10, "sd14": 40}.get(row.case, 2)
+    maps = 2 * heads * row.batch if row.stage in ("maps", "published") else 0
+    return float(row.cells**2) * (4 * (3 * row.batch + maps) + 40)
+
+
+def memory_free(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return float(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) * 1024
+    except (OSError, StopIteration):
+        pass
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf

@@ -1,0 +1,432 @@
+"""The benchmark harness: it refuses wrong results, keeps what it measured, and says what it could not do."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import diffseg
+from diffseg import cli
+from diffseg.bench import cases, ceilings, command, gates, peers, plot, report, run, suite, timing
+from diffseg.bench.cases import Unavailable
+from diffseg.bench.cost import Ceilings, Layer
+from diffseg.bench.published import Published
+from diffseg.bench.suite import Row, Settings, Suite
+from diffseg.bench.timing import Contender, Spread, Timed, Timer
+from diffseg.loading import UsageError
+
+CPU = torch.device("cpu")
+LIMITS = Ceilings(copy=1e10, products={"float32": 1e11, "bfloat16": 1e11}, exponentials=1e9)
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def fixed_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "measure", lambda device: LIMITS)
+
+
+@pytest.fixture
+def timer() -> Timer:
+    return Timer(CPU, 0.01)
+
+
+def bench(*words: str) -> int:
+    return cli.main(["bench", *words, "--size", "128", "--seconds", "0.005"])
+
+
+def contents(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def thin(size: int = 128, batch: int = 1) -> cases.Case:
+    with Suite(Settings()) as made:
+        return made.case(Row("merge", "thin", (size, size), batch))
+
+
+def test_a_run_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "out.json"
+    assert bench("merge", "label", "--case", "thin", "--json", str(path)) == 0
+    printed = capsys.readouterr().out
+    for words in ("merge thin 128x128 B=1 (grid 16 x 16)", "times faster", "eager, host walk", "baseline", "MiB"):
+        assert words in printed
+    found = contents(path)
+    assert [row["state"] for row in found["rows"]] == ["measured", "measured"]
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    subject, *baselines = found["rows"][0]["contenders"]
+    assert (subject["name"], subject["role"], subject["checked"]) == ("cpu", "subject", True)
+    assert [each["name"] for each in baselines] == ["eager, host walk", "eager, device walk"]
+    for each in (subject, *baselines):
+        assert len(each["samples"]) >= 3
+        assert each["cold_seconds"] > 0
+        assert each["seconds"]["p20"] <= each["seconds"]["median"] <= each["seconds"]["p80"]
+        assert each["floor_share"] == pytest.approx(found["rows"][0]["floor_seconds"] / each["seconds"]["median"])
+    assert found["rows"][0]["baseline"] in {each["name"] for each in baselines}
+
+
+def test_backends_are_listed_and_the_others_say_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    assert bench("label", "--case", "noise", "--json", str(path)) == 0
+    printed = capsys.readouterr().out
+    assert contents(path)["backends"] == diffseg.explain_backends()
+    for name, state in diffseg.explain_backends().items():
+        assert f"backend {name}: {state}" in printed
+    if not torch.cuda.is_available():
+        assert "backend triton: " in printed
+        assert "cannot run" in printed
+
+
+@pytest.mark.parametrize("stage", [stage for stage in suite.STAGES if stage not in ("growth", "capture", "pipeline")])
+def test_every_stage_runs(stage: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    assert bench(stage, "--case", "thin", "--json", str(path)) == 0
+    rows = contents(path)["rows"]
+    assert {row["state"] for row in rows} == {"measured"}, [row.get("reason") for row in rows]
+    assert all(entry["checked"] or not entry["same_work"] for row in rows for entry in row["contenders"])
+    assert all({"subject", "baseline"} <= {entry["role"] for entry in row["contenders"]} for row in rows)
+
+
+def test_networks(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    assert bench("capture", "pipeline", "--batch", "2", "--json", str(path)) == 0
+    capture, pipeline = contents(path)["rows"]
+    assert [each["name"] for each in capture["contenders"]] == ["record_attention", "bare forward"]
+    names = [each["name"] for each in pipeline["contenders"]]
+    assert names[-1] == pipeline["baseline"] == "bare VAE + UNet"
+    assert "pipe, cpu" in names
+    for each in pipeline["contenders"]:
+        assert each["p99_seconds"] >= each["seconds"]["median"]
+        assert each["images_per_second"] == pytest.approx(2 / each["seconds"]["median"])
+
+
+def test_a_failing_gate_stops_its_row_and_fails_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = suite.ops.merge
+
+    def wrong(attention: torch.Tensor, **options: Any) -> diffseg.Proposals:
+        found = merge(attention, **options)
+        return found._replace(maps=found.maps.flip(1)) if options["backend"] == "cpu" else found
+
+    monkeypatch.setattr(suite.ops, "merge", wrong)
+    path = tmp_path / "out.json"
+    assert bench("round1", "label", "--case", "thin", "--backend", "cpu", "--json", str(path)) == 1
+    printed = capsys.readouterr().out
+    assert "round1 thin 128x128 B=1: FAILED: cpu: image 0: a mean of round 1" in printed
+    assert "1 of 2 rows FAILED" in printed
+    failed, measured = contents(path)["rows"]
+    assert (failed["state"], failed["contenders"]) == ("failed", [])
+    assert measured["state"] == "measured"
+
+
+def test_interrupting_keeps_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_row = run.run_row
+
+    def interrupted(made: Suite, row: Row, *rest: Any) -> Any:
+        if row.stage == "label":
+            raise KeyboardInterrupt
+        return run_row(made, row, *rest)
+
+    monkeypatch.setattr(run, "run_row", interrupted)
+    path = tmp_path / "out.json"
+    assert bench("merge", "label", "--case", "thin", "--json", str(path)) == 130
+    assert [row["stage"] for row in contents(path)["rows"]] == ["merge"]
+    assert "interrupted after 1 rows" in capsys.readouterr().out
+    assert [each.name for each in tmp_path.iterdir()] == ["out.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fly"], "STAGE: expected some of aggregate, maps, "),
+        (["merge", "--backend", "magic"], "--backend: expected one of cpu, "),
+        (["merge", "--device", "tpu"], "--device tpu: "),
+        (["merge", "--batch", "0"], "--batch: expected at least 1, got 0"),
+        (["merge", "--published", "nowhere"], "--published: expected a folder, got nowhere"),
+        (["pipeline", "--model", "nowhere"], "--model: expected a folder, got nowhere"),
+        (["merge", "--plot", "out.bmp"], "--plot: expected a name that ends in .png or .svg, got out.bmp"),
+    ],
+)
+def test_wrong_requests(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(*words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["100", "512x", "64", "512x500", "big"])
+def test_sizes_are_checked(size: str) -> None:
+    with pytest.raises(UsageError, match="--size: expected a multiple of 64"):
+        command.parse(f"merge --size {size}")
+    assert command.parse("merge --size 512 512x768").sizes == ((512, 512), (512, 768))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it can run")
+def test_a_backend_asked_for_by_name_says_why_it_cannot_run() -> None:
+    with pytest.raises(UsageError, match="backend='triton' cannot run merge here: "):
+        command.parse("merge --backend triton")
+
+
+def test_the_subset_and_the_stages() -> None:
+    with Suite(Settings()) as made:
+        rows = list(made.rows())
+    assert {row.stage for row in rows} == set(suite.STAGES) - {"growth"}
+    assert {row.series for row in rows} == {"", "cells", "anchors"}
+    with Suite(command.parse("growth")) as made:
+        rows = list(made.rows())
+    assert [row.grid[0] for row in rows if row.stage == "merge" and row.series == "cells"] == [32, 48, 64, 96]
+    assert [row.anchors for row in rows if row.series == "anchors"] == [8, 16, 32]
+    with Suite(command.parse("merge label --size 320 512 --batch 1 4 --case noise")) as made:
+        assert len(list(made.rows())) == 8
+
+
+def test_a_row_without_memory_is_skipped(monkeypatch: pytest.MonkeyPatch, timer: Timer) -> None:
+    monkeypatch.setattr(suite, "memory_free", lambda device: 1e6)
+    with Suite(Settings()) as made:
+        record = run.run_row(made, Row("merge", "noise"), timer, LIMITS)
+    assert record["state"] == "skipped"
+    assert "it needs about 1 GiB" in record["reason"]
+    assert "SKIPPED" in report.row(record)
+
+
+def test_the_faster_walk_is_the_baseline(timer: Timer) -> None:
+    with Suite(Settings()) as made:
+        record = run.run_row(made, Row("merge", "noise", (128, 128)), timer, LIMITS)
+    medians = {each["name"]: each["seconds"]["median"] for each in record["contenders"] if each["role"] == "baseline"}
+    assert record["baseline"] == min(medians, key=medians.__getitem__)
+
+
+def test_rounds_are_differences() -> None:
+    calls: list[str] = []
+    whole = Contender("a", "baseline", lambda _: calls.append("whole"), minus=lambda _: calls.append("part"))
+    timed, _ = Timer(CPU, 0.0).first(whole, None)
+    calls.clear()
+    Timer(CPU, 0.0).race([timed], [None])
+    assert calls.count("part") >= 3
+    assert all(abs(sample) < 0.1 for sample in timed.samples)
+
+
+def test_ratio_is_taken_round_by_round() -> None:
+    slow, fast = (Timed(Contender(name, "subject", lambda _: None)) for name in "ab")
+    slow.samples, fast.samples = [2.0, 40.0, 6.0], [1.0, 10.0, 3.0, 100.0]  # the second round was disturbed
+    assert timing.ratio(fast, slow) == Spread(2.0, pytest.approx(2.0), pytest.approx(3.2))
+    slow.samples = [-1.0, -2.0, 6.0]  # differences, drowned
+    assert timing.ratio(fast, slow) is None
+    assert timing.percentile([1.0, 2.0, 3.0, 4.0, 5.0], 20) == pytest.approx(1.8)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_counts_what_was_freed_again() -> None:
+    def run_once() -> torch.Tensor:
+        torch.ones(16 << 20)  # 64 MiB, freed at once
+        return torch.ones(4 << 20)
+
+    found = timing.peak_resident(run_once)
+    if found is None:
+        pytest.skip("/proc/self/clear_refs cannot be written")
+    assert 60 << 20 < found < 90 << 20
+
+
+def test_inputs_are_rotated_past_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "last_level_cache", lambda device: 4096)
+    given = (torch.ones(2, 3, 128).transpose(1, 2), [torch.ones(4)], None)
+    copies = cases.rotated(given, CPU)
+    assert len(copies) == math.ceil(8192 / (4 * (2 * 3 * 128 + 4)))
+    assert copies[1][0].stride() == given[0].stride()
+    assert len({each[0].data_ptr() for each in copies}) == len(copies)
+
+
+class TestGates:
+    def test_attention(self) -> None:
+        case = thin()
+        gate = gates.attention_gate(case)
+        good = diffseg.aggregate(case.queries, case.keys, grids=case.grids)
+        gate(good)
+        with pytest.raises(gates.GateError, match="a row sums to 1 within"):
+            gate(good * (1 + 1e-3))
+        with pytest.raises(gates.GateError, match="a row sums to 1 within"):
+            gate(torch.full_like(good, math.nan))
+        with pytest.raises(gates.GateError, match=r"beyond 0\.0001 of the oracle's"):
+            gate(good.roll(1, -1))
+        with pytest.raises(gates.GateError, match="expected A_f"):
+            gate(good[:, :16])
+
+    def test_its_oracle_is_the_reference(self) -> None:
+        case = thin(batch=2)
+        ratios = diffseg.ops.resolve_weights("proportional", case.grids)
+        rows = torch.arange(0, 256, 5)
+        expected = diffseg.aggregate(
+            [query.double() for query in case.queries], [key.double() for key in case.keys], grids=case.grids
+        )
+        found = gates._oracle_rows(case, None, ratios, 1, rows)
+        torch.testing.assert_close(found, expected[1, rows].double(), rtol=1e-6, atol=0)
+        found = gates._oracle_rows(case, case.maps, ratios, 1, rows)
+        torch.testing.assert_close(found, expected[1, rows].double(), rtol=1e-4, atol=1e-9)
+
+    def test_merge(self) -> None:
+        case = thin()
+        anchors = diffseg.ops.anchor_indices(case.grid, 8)
+        gate = gates.merge_gate(case.attention, case.grid, (64, 64), anchors, [1.0] * 3, "paper")
+        good = diffseg.merge(case.attention, anchors=8)
+        assert int(good.counts[0]) > 1
+        gate(good)
+        with pytest.raises(gates.GateError, match=r"of pixels, not 99\.9%"):
+            gate(good._replace(counts=torch.ones_like(good.counts)))
+
+    def test_label(self) -> None:
+        proposals = diffseg.merge(thin().attention, anchors=8)
+        gate = gates.label_gate(proposals, (64, 64))
+        good = diffseg.label(proposals, (64, 64))
+        gate(good)
+        with pytest.raises(gates.GateError, match="is not the winner"):
+            gate((good + 1) % proposals.counts[0])
+
+    def test_agreement_renames_one_to_one(self) -> None:
+        expected = torch.tensor([[0, 0, 1, 1, 2, 2, 2, 2]])
+        assert gates.agreement(torch.tensor([[5, 5, 3, 3, 0, 0, 0, 0]]), expected) == 1
+        assert gates.agreement(torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2]]), expected) == 5 / 8
+
+
+class TestPeers:
+    def test_literal_form_is_the_official_rule(self) -> None:
+        case = thin()
+        anchors = diffseg.ops.anchor_indices(case.grid, 8)
+        labels = peers.literal_from_maps(case, anchors, 3)(case.maps)
+        proposals = diffseg.merge(
+            diffseg.aggregate_maps(case.maps, grids=case.grids), anchors=8, rule="official", backend="reference"
+        )
+        assert gates.agreement(labels[0], diffseg.label(proposals, case.size)[0]) > 0.999
+
+    def test_kmeans_gives_labels(self) -> None:
+        case = thin()
+        labels = peers.kmeans(case.attention, case.grid, 3, case.size)
+        assert labels.shape == case.size
+        assert set(labels.ravel().tolist()) == {0, 1, 2}
+
+
+SEGMENTOR = """
+    import numpy as np
+
+    class DiffSeg:
+        def __init__(self, kl_threshold, refine, num_points):
+            assert (len(kl_threshold), refine, num_points) == (3, False, 16)
+
+        def segment(self, w64, w32, w16, w8):
+            assert w64.shape[2:] == (4096, 4096) and w8.shape[2:] == (64, 64)
+            return np.zeros((len(w64), 512, 512))
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Stands in for the published code: its interface and a TensorFlow that is none."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "segmentor.py").write_text(textwrap.dedent(SEGMENTOR))
+    (tmp_path / "tensorflow.py").write_text(
+        "class config:\n  class threading:\n    set_intra_op_parallelism_threads = staticmethod(int)\n"
+    )
+    return tmp_path
+
+
+def small_case() -> cases.Case:
+    layers = [Layer((side, side), 1, 8) for side in (64, 32, 16, 8)]
+    return cases.structured("thin", layers, (512, 512), 1, CPU, torch.float32)
+
+
+def test_published_code_runs_in_its_own_process(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(checkout))
+    with Published(checkout, None, small_case(), rounds=3, points=16) as published:
+        measured = published()
+        assert measured.seconds > 0
+        assert measured.labels.shape == (1, 512, 512)
+        folder = Path(published._folder.name)
+    assert not folder.exists()
+
+
+def test_published_code_that_does_not_run_says_why(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(checkout))
+    checkout.joinpath("tensorflow.py").write_text("raise ImportError('no TensorFlow here')")
+    with pytest.raises(RuntimeError, match="the published code did not run: ImportError: no TensorFlow here"):
+        Published(checkout, None, small_case(), rounds=3, points=16)
+    with pytest.raises(RuntimeError, match=r"found no segmentor\.py in"):
+        Published(checkout / "code" / "nothing", None, small_case(), rounds=3, points=16)
+    with pytest.raises(ValueError, match="one map each of 64, 32, 16 and 8"):
+        Published(checkout, None, thin(), rounds=3, points=16)
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = []
+    with Suite(Settings()) as made:
+        for row in (
+            Row("merge", "noise", (128, 128)),
+            *(Row("merge", "thin", (side, side), series="cells") for side in (128, 192)),
+            *(Row("merge", "thin", (128, 128), anchors=side, series="anchors") for side in (4, 8)),
+        ):
+            rows.append(run.run_row(made, row, Timer(CPU, 0.0), LIMITS))
+    rows.append({"state": "failed", "series": "", "name": "x"})
+    for name in ("out.png", "out.svg"):
+        plot.save(rows, "a machine", tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 5000
+    assert "side of the grid" in (tmp_path / "out.svg").read_text() or b"svg" in (tmp_path / "out.svg").read_bytes()
+    with pytest.raises(plot.PlotError, match="nothing was measured"):
+        plot.save(rows[-1:], "a machine", tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1.5, "1.5 s"), (0.0123, "12.3 ms"), (4.2e-6, "4.2 us"), (None, ""), (0.9996, "1 s"), (1234.0, "1234 s")],
+)
+def test_times_have_three_digits_and_a_unit(value: float | None, text: str) -> None:
+    assert report.seconds(value) == text
+
+
+def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(ceilings, "_SECONDS", 0.02)
+    found = ceilings.measure(CPU)
+    assert 1e8 < found.copy < 1e13
+    assert 1e8 < found.products["float32"] < 1e15
+    assert 1e7 < found.exponentials < 1e13
+    assert not found.overlap
+    assert ceilings._bytes("32768K\n") == 32 << 20
+
+
+def script(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", str(ROOT / "benchmarks" / "device.sh"), *words], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["bench", "more"]])
+def test_the_device_script_explains_itself(words: Sequence[str]) -> None:
+    done = script(*words)
+    assert done.returncode == 2
+    assert "usage: benchmarks/device.sh build-test|bench|sanitize|profile" in done.stderr
+
+
+def test_the_device_script_is_valid() -> None:
+    assert subprocess.run(["bash", "-n", str(ROOT / "benchmarks" / "device.sh")]).returncode == 0
+
+
+def test_the_pytest_entry_lists_the_same_rows() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", "benchmarks", "--collect-only", "-q",
+         "--rows", "label --case noise --size 128"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "benchmarks/test_rows.py::test_row[label noise 128x128 B=1-0]" in done.stdout, done.stdout + done.stderr
+
+
+def test_unavailable_rows_are_skipped(timer: Timer) -> None:
+    with Suite(Settings()) as made:
+        record = run.run_row(made, Row("merge", "unheard of", (128, 128)), timer, LIMITS)
+        assert (record["state"], record["reason"]) == ("skipped", "there is no case 'unheard of' for merge")
+        with pytest.raises(Unavailable):
+            made.plan(Row("merge", "unheard of"))
