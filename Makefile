@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 # One environment serves both installs; each stamp says which of them it holds.
 
-.PHONY: demo test bench sanitize lint aot clean
+.PHONY: demo test bench sanitize lint aot ptxas clean
 
 # -P keeps the checkout's folders (kernels/ above all) from hiding installed packages.
 demo: $(VENV)/installed
@@ -39,6 +39,10 @@ lint: $(VENV)/tested
 # Every Triton kernel for every target, without a GPU; fails where one spills.
 aot: $(VENV)/tested
 	$(BIN)/python -P -m diffseg.kernels.aot
+
+# Registers, shared memory and spills of every CUDA kernel for every target, with nvcc and no GPU; fails where one spills.
+ptxas:
+	$(PYTHON) csrc/cuda/ptxas.py
 
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard diffseg/*.py diffseg/*/*.py kernels/*.py)
 	$(PYTHON) -m venv $(VENV)

@@ -80,6 +80,15 @@ def _kernel_limit(
     return None
 
 
+def _load_cuda() -> Any:
+    return importlib.import_module("diffseg.native").cuda()
+
+
+def _cuda_limit(device: torch.device, **request: Any) -> str | None:
+    reason: str | None = _load_cuda().obstacle(device)
+    return reason or _kernel_limit(device, **request)
+
+
 def _load_triton() -> SimpleNamespace:
     try:
         import triton
@@ -135,6 +144,19 @@ BACKENDS = {
             },
             load=_load_cpu,
             limit=_kernel_limit,
+        ),
+        Backend(
+            name="cuda",
+            summary="CUDA kernels (diffseg._cuda)",
+            device_types=("cuda",),
+            dtypes={
+                **dict.fromkeys(("aggregate", "aggregate_maps"), _FLOATS[:3]),
+                "merge": (torch.float32, torch.bfloat16),
+                "label": (torch.float32,),
+            },
+            load=_load_cuda,
+            automatic=False,  # by name only, until measurements on a GPU are committed
+            limit=_cuda_limit,
         ),
         Backend(
             name="triton",

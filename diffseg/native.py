@@ -7,7 +7,8 @@ thread count or the stream is passed on.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
@@ -40,6 +41,39 @@ def cpu() -> SimpleNamespace:
         aggregate_cross=kernels.aggregate_cross,
         score_masks=kernels.score_masks,
     )
+
+
+@cache
+def cuda() -> SimpleNamespace:
+    """The ops of ``diffseg._cuda``; ImportError, with what to do, where it was not built or the driver is too old."""
+    try:
+        from . import _cuda
+    except ImportError as error:
+        raise ImportError(
+            f"diffseg._cuda is not built ({error}); reinstall with nvcc at hand: DIFFSEG_CUDA=1 pip install ."
+        ) from error
+    driver, runtime = _cuda.driver_version(), _cuda.runtime_version()
+    if driver == 0:
+        raise ImportError("no NVIDIA driver is installed")
+    if driver // 1000 < runtime // 1000:  # within a major version any driver serves
+        raise ImportError(
+            f"the driver serves CUDA {_version(driver)}, the kernels were built with CUDA {_version(runtime)}: install "
+            f"a newer driver or build them with CUDA {driver // 1000}"
+        )
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        raise ImportError("no CUDA GPU is visible to torch")
+    kernels = CudaKernels(_cuda)
+    return SimpleNamespace(
+        aggregate=kernels.aggregate,
+        aggregate_maps=kernels.aggregate_maps,
+        merge=kernels.merge,
+        label=kernels.label,
+        obstacle=cache(kernels.obstacle),
+    )
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 class _CpuKernels:
@@ -167,7 +201,138 @@ class _CpuKernels:
         return scores
 
     def _view(self, tensor: Tensor) -> Any:
-        return self._module.View(tensor.data_ptr(), str(tensor.dtype).removeprefix("torch."), tensor.stride())
+        return self._module.View(tensor.data_ptr(), _name(tensor.dtype), tensor.stride())
+
+
+class CudaKernels:
+    """The ops of :mod:`diffseg.reference` on the CUDA kernels; they wait for nothing and allocate with torch."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module: Any = module
+
+    def obstacle(self, device: torch.device) -> str | None:
+        """Why the kernels cannot run on ``device``."""
+        index = torch.cuda.current_device() if device.index is None else device.index
+        reason = self._module.obstacle(index)
+        return f"built for {self._module.targets}, which {device} cannot run: {reason}" if reason else None
+
+    def aggregate(
+        self,
+        queries: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        grids: Sequence[Grid],
+        scales: Sequence[float],
+        logsumexps: Sequence[Tensor] | None,
+        ratios: Sequence[float],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        with self._on(queries[0].device) as queue:
+            queries, keys = ([_rows_of_16_bytes(layer) for layer in layers] for layers in (queries, keys))
+            if logsumexps is not None:
+                logsumexps = [logsumexp.float().contiguous() for logsumexp in logsumexps]
+            layers = [
+                self._module.Layer(
+                    queries=self._view(queries[layer]),
+                    keys=self._view(keys[layer]),
+                    logsumexps=0 if logsumexps is None else logsumexps[layer].data_ptr(),
+                    heads=queries[layer].shape[1],
+                    depth=queries[layer].shape[3],
+                    grid=grid,
+                    scale=scales[layer],
+                    ratio=ratios[layer],
+                )
+                for layer, grid in enumerate(grids)
+            ]
+            attention, out = self._output(queries[0], grids, dtype)
+            name = _name(queries[0].dtype)
+            workspace = self._workspace(self._module.aggregate_workspace(layers, name, out), attention)
+            self._module.aggregate(layers, name, out, workspace.data_ptr(), queue)
+            return attention
+
+    def aggregate_maps(
+        self, maps: Sequence[Tensor], grids: Sequence[Grid], ratios: Sequence[float], dtype: torch.dtype
+    ) -> Tensor:
+        with self._on(maps[0].device) as queue:
+            maps = [layer if layer.stride(3) == 1 else layer.contiguous() for layer in maps]
+            layers = [
+                self._module.MapLayer(maps=self._view(layer), heads=layer.shape[1], grid=grid, ratio=ratio)
+                for layer, grid, ratio in zip(maps, grids, ratios, strict=True)
+            ]
+            attention, out = self._output(maps[0], grids, dtype)
+            workspace = self._workspace(self._module.aggregate_maps_workspace(layers, out), attention)
+            self._module.aggregate_maps(layers, _name(maps[0].dtype), out, workspace.data_ptr(), queue)
+            return attention
+
+    def merge(
+        self,
+        attention: Tensor,
+        grid: Grid,
+        anchors: Sequence[int],
+        thresholds: Sequence[float],
+        rule: Literal["paper", "official"],
+    ) -> tuple[Tensor, Tensor]:
+        with self._on(attention.device) as queue:
+            attention = attention if attention.stride(2) == 1 else attention.contiguous()
+            batch_size, _, cells = attention.shape
+            maps = torch.empty(batch_size, len(anchors), cells, dtype=torch.float32, device=attention.device)
+            counts = torch.empty(batch_size, dtype=torch.int32, device=attention.device)
+            options = self._module.MergeOptions(anchors=anchors, thresholds=thresholds, exclusive=rule == "paper")
+            workspace = self._workspace(self._module.merge_workspace(batch_size, cells, options), attention)
+            self._module.merge(
+                self._view(attention.unsqueeze(1)), _name(attention.dtype), batch_size, cells, options,
+                maps.data_ptr(), counts.data_ptr(), workspace.data_ptr(), queue,
+            )  # fmt: skip
+            return maps, counts
+
+    def label(self, maps: Tensor, counts: Tensor, grid: Grid, size: Grid) -> Tensor:
+        with self._on(maps.device) as queue:
+            maps, counts = maps if maps.stride(2) == 1 else maps.contiguous(), counts.contiguous()
+            winner = torch.empty((len(maps), *size), dtype=torch.int32, device=maps.device)
+            self._module.label(
+                self._view(maps.unsqueeze(2)), counts.data_ptr(), winner.data_ptr(), len(maps), grid, size, queue
+            )
+            return winner
+
+    @contextmanager
+    def _on(self, device: torch.device) -> Iterator[Any]:
+        """Makes ``device`` torch's current one, and gives its current stream to the kernels."""
+        with torch.cuda.device(device):
+            yield self._module.Queue(torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream)
+
+    def _view(self, tensor: Tensor) -> Any:
+        return self._module.View(tensor.data_ptr(), tensor.stride()[:3])
+
+    def _output(self, like: Tensor, grids: Sequence[Grid], dtype: torch.dtype) -> tuple[Tensor, Any]:
+        """A_f [B, N, N], and what the kernels call it."""
+        grid = max(grids, key=lambda grid: grid[0] * grid[1])
+        cells = grid[0] * grid[1]
+        attention = torch.empty(len(like), cells, cells, dtype=dtype, device=like.device)
+        return attention, self._module.Attention(
+            data=attention.data_ptr(), dtype=_name(dtype), grid=grid, batch=len(like)
+        )
+
+    def _workspace(self, size: int, like: Tensor) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=like.device)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _rows_of_16_bytes(tensor: Tensor) -> Tensor:
+    """``tensor`` [B, heads, n, d] where all its rows lie at multiples of 16 bytes, else a copy, padded with zeros."""
+    unit = 16 // tensor.element_size()
+    aligned = (
+        tensor.stride(3) == 1
+        and tensor.shape[3] % unit == 0
+        and tensor.data_ptr() % 16 == 0
+        and not any(stride % unit for stride in tensor.stride()[:3])
+    )
+    if aligned:
+        return tensor
+    copy = tensor.new_zeros(*tensor.shape[:3], tensor.shape[3] + -tensor.shape[3] % unit)
+    copy[..., : tensor.shape[3]] = tensor
+    return copy
 
 
 def _check_finite(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The Triton backend on a GPU, at the shapes of Stable Diffusion 1.4, 2.1 and XL."""
+"""The Triton and the CUDA backend on a GPU, at the shapes of Stable Diffusion 1.4, 2.1 and XL, and at odd ones."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ import torch
 from torch import Tensor
 
 import diffseg
+from diffseg.backends import BACKENDS
 
-pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif("triton" not in diffseg.available_backends("cuda"), reason="the Triton backend cannot run here"),
-]
+pytestmark = pytest.mark.gpu
 
 NETWORKS = {  # (number, grid, heads, channels a head) of the self-attention layers, and the image's size
     "SD 1.4": (((5, 64, 8, 40), (5, 32, 8, 80), (5, 16, 8, 160), (1, 8, 8, 160)), 512),
     "SD 2.1": (((5, 96, 5, 64), (5, 48, 10, 64), (5, 24, 20, 64), (1, 12, 20, 64)), 768),
     "SDXL": (((10, 64, 10, 64), (60, 32, 20, 64)), 1024),
 }
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name not in diffseg.available_backends("cuda"):
+        pytest.skip(diffseg.explain_backends()[name])
+    return name
 
 
 class Scene(NamedTuple):
@@ -77,7 +82,7 @@ def aggregate(scene: Scene, backend: str, *, given: bool = True, **options: Any)
     )  # fmt: skip
 
 
-def segment(scene: Scene, backend: str = "triton", **options: Any) -> Tensor:
+def segment(scene: Scene, backend: str, **options: Any) -> Tensor:
     return diffseg.segment(
         scene.queries, scene.keys, scene.size, grids=scene.grids, logsumexps=scene.logsumexps, backend=backend,
         **options,
@@ -114,19 +119,19 @@ def no_waiting() -> Iterator[None]:
 @pytest.mark.parametrize("given", [True, False], ids=["logsumexps", "computed"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_aggregate_meets_the_contract(network: str, dtype: torch.dtype, given: bool) -> None:
+def test_aggregate_meets_the_contract(backend: str, network: str, dtype: torch.dtype, given: bool) -> None:
     scene = make_scene(network, dtype=dtype)
-    found = aggregate(scene, "triton", given=given)
+    found = aggregate(scene, backend, given=given)
     expected = oracle(scene)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
     assert (found.double().sum(-1) - 1).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_aggregate_maps_meets_the_contract(dtype: torch.dtype) -> None:
+def test_aggregate_maps_meets_the_contract(backend: str, dtype: torch.dtype) -> None:
     grids = [(64, 64), (32, 32), (64, 64), (24, 40), (8, 8)]
     maps = [torch.rand(2, 4, h * w, h * w, device="cuda").to(dtype) for h, w in grids]
-    found = diffseg.aggregate_maps(maps, grids=grids, backend="triton")
+    found = diffseg.aggregate_maps(maps, grids=grids, backend=backend)
     expected = diffseg.aggregate_maps(
         [layer.double() for layer in maps], grids=grids, dtype=torch.float64, backend="reference"
     )
@@ -134,10 +139,10 @@ def test_aggregate_maps_meets_the_contract(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_first_round_decides_as_the_oracle_outside_the_band(network: str) -> None:
-    attention = aggregate(make_scene(network), "triton")
+def test_first_round_decides_as_the_oracle_outside_the_band(backend: str, network: str) -> None:
+    attention = aggregate(make_scene(network), backend)
     cells = attention.shape[1]
-    found = diffseg.merge(attention, iterations=1, backend="triton")
+    found = diffseg.merge(attention, iterations=1, backend=backend)
     anchors = list(diffseg.ops.anchor_indices(found.grid, 16))
     exact = distances(attention[0, anchors], attention[0])
     near = exact < 1.0
@@ -155,47 +160,82 @@ def test_first_round_decides_as_the_oracle_outside_the_band(network: str) -> Non
 
 @pytest.mark.parametrize("rule", ["paper", "official"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_labels_agree_with_the_oracle(network: str, rule: Any) -> None:
+def test_labels_agree_with_the_oracle(backend: str, network: str, rule: Any) -> None:
     scene = make_scene(network)
     expected = oracle(scene)
     proposals = diffseg.merge(expected, rule=rule, backend="reference")
     labels = diffseg.ops.renumber(diffseg.label(proposals, scene.size, backend="reference"), proposals.maps.shape[1])
     assert labels.max() > 2
-    assert (segment(scene, rule=rule) == labels).float().mean() >= 0.999
+    assert (segment(scene, backend, rule=rule) == labels).float().mean() >= 0.999
 
 
-def test_a_batch_equals_its_images() -> None:
+@pytest.mark.parametrize("rule", ["paper", "official"])
+@pytest.mark.parametrize(
+    ("grids", "channels"),
+    [([(37, 53), (19, 27), (37, 53), (5, 7)], 40), ([(24, 40), (12, 20)], 63)],
+    ids=["odd", "even"],
+)
+def test_odd_shapes_agree_with_the_oracle(backend: str, grids: list[tuple[int, int]], channels: int, rule: Any) -> None:
+    generator = torch.Generator("cuda").manual_seed(2)
+    queries, keys = [], []
+    for h, w in grids:
+        points = torch.cartesian_prod(torch.arange(h, device="cuda") / h, torch.arange(w, device="cuda") / w)
+        region = (4 * points).floor() @ torch.tensor([4.0, 1.0], device="cuda")
+        features = torch.randn(2, 3, 16, channels, generator=generator, device="cuda")
+        for made in (queries, keys):
+            noise = torch.randn(2, 3, h * w, channels, generator=generator, device="cuda")
+            made.append((features[:, :, region.long()] + 0.3 * noise).half())
+    found = diffseg.aggregate(queries, keys, grids=grids, backend=backend)
+    expected = diffseg.aggregate(
+        [query.double() for query in queries], [key.double() for key in keys], grids=grids, dtype=torch.float64,
+        backend="reference",
+    )  # fmt: skip
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
+    options = {"grid": grids[0], "anchors": 9, "rule": rule}
+    labels, oracle_labels = (
+        diffseg.label(diffseg.merge(maps, backend=name, **options), (111, 170), backend=name)
+        for maps, name in ((found, backend), (expected, "reference"))
+    )
+    assert (labels == oracle_labels).float().mean() >= 0.999
+
+
+def test_a_batch_equals_its_images(backend: str) -> None:
     scene = make_scene("SD 1.4", batch=3)
-    together = segment(scene)
+    together = segment(scene, backend)
     for item in range(3):
         alone = Scene(
             *([tensor[item : item + 1] for tensor in tensors] for tensors in (scene.queries, scene.keys)),
             scene.grids, [rows[item : item + 1] for rows in scene.logsumexps], scene.size,
         )  # fmt: skip
-        assert torch.equal(together[item], segment(alone)[0])
+        assert torch.equal(together[item], segment(alone, backend)[0])
 
 
-def test_same_bits_again() -> None:
+def test_same_bits_in_100_runs(backend: str) -> None:
     scene = make_scene("SD 1.4")
-    first, second = (aggregate(scene, "triton", given=False) for _ in range(2))
-    assert torch.equal(first, second)
-    one, other = (diffseg.merge(first, backend="triton") for _ in range(2))
-    assert torch.equal(one.maps, other.maps)
-    assert torch.equal(one.counts, other.counts)
+    attention = aggregate(scene, backend, given=False)
+    proposals = diffseg.merge(attention, backend=backend)
+    labels = diffseg.label(proposals, scene.size, backend=backend)
+    for _ in range(100):
+        again = aggregate(scene, backend, given=False)
+        assert torch.equal(again, attention)
+        merged = diffseg.merge(again, backend=backend)
+        assert torch.equal(merged.maps, proposals.maps)
+        assert torch.equal(merged.counts, proposals.counts)
+        assert torch.equal(diffseg.label(merged, scene.size, backend=backend), labels)
 
 
 @pytest.mark.parametrize("anchors", [16, list(range(0, 4096, 17))], ids=["evenly spaced", "given"])
-def test_the_stage_never_waits_and_can_be_recorded(anchors: Any) -> None:
+def test_the_stage_never_waits_and_can_be_recorded(backend: str, anchors: Any) -> None:
     scene, other = make_scene("SD 1.4"), make_scene("SD 1.4", seed=1)
-    segment(scene, anchors=anchors)  # compiles
+    segment(scene, backend, anchors=anchors)  # compiles
     with no_waiting():
-        eager = segment(scene, anchors=anchors)
+        eager = segment(scene, backend, anchors=anchors)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        recorded = segment(scene, anchors=anchors)
+        recorded = segment(scene, backend, anchors=anchors)
     graph.replay()
     assert torch.equal(recorded, eager)
-    expected = segment(other, anchors=anchors)
+    expected = segment(other, backend, anchors=anchors)
     for name in ("queries", "keys", "logsumexps"):
         for tensor, replacement in zip(getattr(scene, name), getattr(other, name), strict=True):
             tensor.copy_(replacement)
@@ -203,18 +243,25 @@ def test_the_stage_never_waits_and_can_be_recorded(anchors: Any) -> None:
     assert torch.equal(recorded, expected)
 
 
-def test_memory_beyond_the_attention_is_small() -> None:
+def test_memory_beyond_the_attention_is_small(backend: str) -> None:
     scene = make_scene("SD 1.4")
-    segment(scene)
+    segment(scene, backend)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    segment(scene)
+    segment(scene, backend)
     attention = 4096 * 4096 * 4
     assert torch.cuda.max_memory_allocated() - before - attention < 32 * 2**20
 
 
 WORDS = [[1], [2, 3], [7], [75, 76]]
+
+
+@pytest.fixture
+def cross_backend(backend: str) -> str:
+    if "aggregate_cross" not in BACKENDS[backend].dtypes:
+        pytest.skip(f"{backend} leaves cross-attention to others")
+    return backend
 
 
 def make_text(scene: Scene, tokens: int = 77) -> list[Tensor]:
@@ -227,29 +274,29 @@ def make_text(scene: Scene, tokens: int = 77) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_cross_attention_meets_the_contract(network: str, dtype: torch.dtype) -> None:
+def test_cross_attention_meets_the_contract(network: str, dtype: torch.dtype, cross_backend: str) -> None:
     scene = make_scene(network, batch=2, dtype=dtype)
     text, options = make_text(scene), {"tokens": WORDS, "grids": scene.grids, "size": scene.size}
-    found = diffseg.aggregate_cross(scene.queries, text, backend="triton", **options)
+    found = diffseg.aggregate_cross(scene.queries, text, backend=cross_backend, **options)
     wide = [[each.double() for each in tensors] for tensors in (scene.queries, text)]
     expected = diffseg.aggregate_cross(*wide, backend="reference", **options)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
-    labels = segment(scene)
-    scores = diffseg.score_masks(found, labels, backend="triton")
+    labels = segment(scene, cross_backend)
+    scores = diffseg.score_masks(found, labels, backend=cross_backend)
     expected = diffseg.score_masks(expected, labels, backend="reference")
     torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-9)
 
 
-def test_cross_attention_never_waits_and_has_the_same_bits_again() -> None:
+def test_cross_attention_never_waits_and_has_the_same_bits_again(cross_backend: str) -> None:
     scene = make_scene("SD 1.4")
-    text, labels = make_text(scene), segment(scene)
+    text, labels = make_text(scene), segment(scene, cross_backend)
     shares = torch.eye(5, 77, device="cuda")[None]
 
     def run() -> tuple[Tensor, Tensor]:
         maps = diffseg.aggregate_cross(
-            scene.queries, text, tokens=shares, grids=scene.grids, size=scene.size, backend="triton"
+            scene.queries, text, tokens=shares, grids=scene.grids, size=scene.size, backend=cross_backend
         )
-        return maps, diffseg.score_masks(maps, labels, masks=256, backend="triton")
+        return maps, diffseg.score_masks(maps, labels, masks=256, backend=cross_backend)
 
     first = run()
     with no_waiting():
@@ -257,21 +304,21 @@ def test_cross_attention_never_waits_and_has_the_same_bits_again() -> None:
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
-def test_offsets_beyond_32_bits() -> None:
+def test_offsets_beyond_32_bits(backend: str) -> None:
     cells, batch = 4096, 130  # 130 x 4096 x 4096 > 2 ** 31
     free, _ = torch.cuda.mem_get_info()
     if free < 16 * 2**30:
         pytest.skip("needs 16 GB of free memory")
     one = torch.rand(1, cells, cells, device="cuda").square_().bfloat16()
-    found = diffseg.aggregate_maps([one.expand(batch, -1, -1)], dtype=torch.bfloat16, backend="triton")
+    found = diffseg.aggregate_maps([one.expand(batch, -1, -1)], dtype=torch.bfloat16, backend=backend)
     assert torch.equal(found[-1], found[0])
-    options = {"anchors": 4, "threshold": 0.3, "iterations": 2, "backend": "triton"}
+    options = {"anchors": 4, "threshold": 0.3, "iterations": 2, "backend": backend}
     last = diffseg.merge(found, **options)
     assert torch.equal(last.maps[-1], diffseg.merge(found[:1], **options).maps[0])
 
 
 def test_warmup_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    import triton
+    triton = pytest.importorskip("triton")
 
     layers, side = NETWORKS["SD 1.4"]
     shapes = [((cells, cells), heads, channels) for number, cells, heads, channels in layers for _ in range(number)]
@@ -283,5 +330,5 @@ def test_warmup_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> No
     scene = make_scene("SD 1.4")
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "_do_compile", compiled, raising=False)
     monkeypatch.setattr(triton, "compile", compiled)
-    segment(scene)
+    segment(scene, "triton")
     diffseg.segment(scene.queries, scene.keys, scene.size, grids=scene.grids, backend="triton")

@@ -1,0 +1,14 @@
+// The host in the place of a device: csrc/cuda/device.h.
+
+#include "device.h"
+
+namespace diffseg::cuda {
+
+DeviceGuard::DeviceGuard(int device) : previous_(device) {}
+DeviceGuard::~DeviceGuard() = default;
+
+int driver_version() { return 0; }
+int runtime_version() { return 0; }
+std::string obstacle(int) { return "the host is no GPU"; }
+
+}  // namespace diffseg::cuda

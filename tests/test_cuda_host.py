@@ -1,0 +1,511 @@
+"""The CUDA kernels without a GPU: their source, compiled for the host and run on an emulation, against the oracle.
+
+What the emulation shows and what it does not stands in tests/cuda_host/host_device.h. Everything above the hardware is
+the real thing: the ops' validation, native.py, the entry points, the plans of launches and the kernels.
+
+With every access to global memory checked by the address sanitizer:
+
+    export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
+    DIFFSEG_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 python -P -m pytest tests/test_cuda_host.py
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import diffseg
+from diffseg import Proposals, backends, native
+from diffseg.ops import anchor_indices, resolve_weights
+
+if sys.platform != "linux":
+    pytest.skip("the emulation is written for Linux", allow_module_level=True)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DIVISIBLE = [(6, 4), (3, 4), (6, 4), (3, 2)]
+INDIVISIBLE = [(5, 3), (5, 7), (2, 4), (5, 3)]
+RULES = ("paper", "official")
+SMALLEST_LIMIT = 99 << 10  # bytes of shared memory that a block can have on every GPU of capability 8.0 or more
+
+
+class Host(NamedTuple):
+    """The kernels on the host, and the switches of the emulation."""
+
+    module: Any
+    emulation: ctypes.CDLL
+
+    @contextmanager
+    def reversed(self) -> Iterator[None]:
+        """Fibers run last first."""
+        self.emulation.diffseg_host_reverse(True)
+        yield
+        self.emulation.diffseg_host_reverse(False)
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[list[str]]]:
+        """Launches are listed (name, grid, threads, bytes of shared memory), and not run."""
+        launches: list[list[str]] = []
+        self.emulation.diffseg_host_record(True)
+        yield launches
+        self.emulation.diffseg_host_record(False)
+        self.emulation.diffseg_host_launches.restype = ctypes.c_char_p
+        launches += [line.split() for line in self.emulation.diffseg_host_launches().decode().splitlines()]
+
+
+class HostKernels(native.CudaKernels):
+    """The ops on the host: no device to make current, no stream."""
+
+    @contextmanager
+    def _on(self, device: torch.device) -> Iterator[Any]:
+        yield self._module.Queue(0, 0)
+
+
+def load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def builder() -> ModuleType:
+    return load("cuda_host_build", Path(__file__).parent / "cuda_host" / "build.py")
+
+
+@pytest.fixture(scope="session")
+def host(builder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Host:
+    flags = ["-fsanitize=address"] if os.environ.get("DIFFSEG_SANITIZE") else []
+    library = builder.build(tmp_path_factory.mktemp("cuda_host"), *flags)
+    return Host(load("cuda_host._cuda", library), ctypes.CDLL(str(library)))
+
+
+@pytest.fixture(autouse=True)
+def on_host(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """backend="cuda" takes tensors of the CPU and runs on the host."""
+    kernels = HostKernels(host.module)
+    backend = dataclasses.replace(
+        backends.BACKENDS["cuda"], device_types=("cpu",), load=lambda: kernels, limit=backends._kernel_limit
+    )
+    monkeypatch.setitem(backends.BACKENDS, "cuda", backend)
+
+
+def as_double(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.double() for tensor in tensors]
+
+
+def logsumexps_of(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        (query.double() @ key.double().mT * query.shape[-1] ** -0.5).logsumexp(-1).float()
+        for query, key in zip(queries, keys, strict=True)
+    ]
+
+
+def assert_same_attention(found: Tensor, expected: Tensor) -> None:
+    """The contract on A_f: entries within 1e-4 relative + 1e-9, rows that sum to 1 within 1e-5."""
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
+    assert (found.double().sum(-1) - 1).abs().max() < 1e-5
+
+
+def check_aggregate(queries: Sequence[Tensor], keys: Sequence[Tensor], **options: Any) -> Tensor:
+    found = diffseg.aggregate(queries, keys, backend="cuda", **options)
+    expected = diffseg.aggregate(
+        as_double(queries), as_double(keys), backend="reference", **(options | {"dtype": torch.float64})
+    )
+    assert_same_attention(found, expected)
+    return found
+
+
+def check_maps(maps: Sequence[Tensor], grids: list[tuple[int, int]]) -> None:
+    found = diffseg.aggregate_maps(maps, grids=grids, backend="cuda")
+    expected = diffseg.aggregate_maps(as_double(maps), grids=grids, dtype=torch.float64, backend="reference")
+    assert_same_attention(found, expected)
+
+
+def distances(first: Tensor, second: Tensor) -> Tensor:
+    """D of all pairs, float64, [B, P, N] and [B, F, N] -> [B, P, F]."""
+    first, second = first.double().clamp_min(1e-30), second.double().clamp_min(1e-30)
+    difference = first[:, :, None] - second[:, None]
+    return (difference * (first.log()[:, :, None] - second.log()[:, None])).sum(-1) / 2
+
+
+class TestAggregate:
+    @pytest.mark.parametrize("given", [True, False], ids=["logsumexps", "computed"])
+    @pytest.mark.parametrize("grids", [DIVISIBLE, INDIVISIBLE], ids=["divisible", "indivisible"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_meets_the_contract(
+        self, layers: Callable[..., Any], dtype: torch.dtype, grids: list[tuple[int, int]], given: bool
+    ) -> None:
+        scene = layers(grids, batch=3 if grids is DIVISIBLE else 1, dim=24, dtype=dtype)
+        logsumexps = logsumexps_of(scene.queries, scene.keys) if given else None
+        check_aggregate(scene.queries, scene.keys, grids=grids, logsumexps=logsumexps)
+
+    @pytest.mark.parametrize("dim", [8, 40, 63, 96, 160])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_heads_of_any_width(self, layers: Callable[..., Any], dtype: torch.dtype, dim: int) -> None:
+        scene = layers([(4, 5)], heads=1, dim=dim, dtype=dtype)
+        check_aggregate(scene.queries, scene.keys, grids=scene.grids)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_more_rows_than_a_tile(self, layers: Callable[..., Any], dtype: torch.dtype) -> None:
+        grids = [(11, 13), (5, 6), (11, 13)]
+        scene = layers(grids, heads=1, dim=40, dtype=dtype)
+        check_aggregate(scene.queries, scene.keys, grids=grids)
+
+    @pytest.mark.parametrize("step", [1, 2], ids=["projections", "every other channel"])
+    def test_strided_inputs(self, layers: Callable[..., Any], step: int) -> None:
+        scene = layers(DIVISIBLE, batch=2, heads=3, dim=16 * step, dtype=torch.float16)
+        queries, keys = (
+            [tensor.transpose(1, 2).contiguous().transpose(1, 2)[..., ::step] for tensor in tensors]
+            for tensors in (scene.queries, scene.keys)
+        )
+        assert not queries[0].is_contiguous()
+        logsumexps = [rows.transpose(1, 2).contiguous().transpose(1, 2) for rows in logsumexps_of(queries, keys)]
+        check_aggregate(queries, keys, grids=DIVISIBLE, logsumexps=logsumexps)
+
+    def test_projections_are_read_where_they_lie(self) -> None:
+        projection = torch.rand(2, 12, 3, 16, dtype=torch.float16).transpose(1, 2)
+        assert native._rows_of_16_bytes(projection) is projection
+        assert native._rows_of_16_bytes(projection[..., 1:]) is not projection
+
+    def test_layers_of_one_grid_need_not_be_alike(self, layers: Callable[..., Any]) -> None:
+        grids = [(3, 3), (6, 6), (6, 6), (3, 3), (6, 6)]
+        shapes = [(1, 8), (2, 8), (3, 28), (2, 40), (2, 8)]
+        made = [layers([grid], heads=heads, dim=dim) for grid, (heads, dim) in zip(grids, shapes, strict=True)]
+        queries, keys = [scene.queries[0].float() for scene in made], [scene.keys[0].float() for scene in made]
+        check_aggregate(
+            queries, keys, grids=grids, scales=[0.2, 0.3, 0.1, 0.25, 0.4], weights=[1.0, 2.0, 0.0, 3.0, 0.5]
+        )
+
+    @pytest.mark.parametrize("small", [(2, 2), (2, 3)], ids=["divisible", "indivisible"])
+    def test_more_layers_than_a_launch_takes(self, layers: Callable[..., Any], small: tuple[int, int]) -> None:
+        grids = [(4, 4)] * 34 + [small] * 35
+        scene = layers(grids, heads=1, dim=8, dtype=torch.float16)
+        check_aggregate(scene.queries, scene.keys, grids=grids, weights=[float(1 + k % 5) for k in range(len(grids))])
+
+    def test_large_scores_do_not_overflow(self, layers: Callable[..., Any]) -> None:
+        scene = layers([(4, 4)], dtype=torch.float32)
+        queries, keys = [scene.queries[0] * 8], scene.keys
+        assert (queries[0] @ keys[0].mT).max() > 128  # 2 ** 128 is beyond float32
+        check_aggregate(queries, keys, grids=scene.grids, scales=[1.0])
+
+    def test_where_upsampling_weighs_a_large_neighbour_with_nearly_nothing(self) -> None:
+        """A weight of 1e-7 in place of 0 is 1e-7 of the neighbour."""
+        grids = [(1, 7), (1, 13)]  # in float32 the seventh cell of 13 lies 2e-7 beyond the fourth of 7
+        generator = torch.Generator().manual_seed(4)
+        queries = [5 * torch.eye(h * w).view(1, 1, h * w, h * w) for h, w in grids]
+        keys = [query + 0.1 * torch.randn(query.shape, generator=generator) for query in queries]
+        check_aggregate(queries, keys, grids=grids, scales=[1.0, 1.0], weights=[1.0, 0.0])
+
+    def test_a_negative_scale(self, layers: Callable[..., Any]) -> None:
+        scene = layers([(3, 5)], dtype=torch.float32)
+        check_aggregate(scene.queries, scene.keys, grids=scene.grids, scales=[-0.5])
+
+    @pytest.mark.parametrize("grids", [DIVISIBLE, INDIVISIBLE], ids=["rows of 16 bytes", "odd rows"])
+    def test_storage_in_bfloat16(self, layers: Callable[..., Any], grids: list[tuple[int, int]]) -> None:
+        scene = layers(grids, dtype=torch.float32)
+        options = {"grids": scene.grids, "dtype": torch.bfloat16}
+        found = diffseg.aggregate(scene.queries, scene.keys, backend="cuda", **options)
+        expected = diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend="reference")
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, rtol=2**-8 + 1e-4, atol=0)
+
+    def test_nan_reaches_the_result(self, layers: Callable[..., Any]) -> None:
+        scene = layers([(4, 4), (2, 2)], dtype=torch.float32)
+        scene.queries[1][0, 0, 2, 0] = torch.nan
+        found = diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend="cuda")
+        rows = found.isnan().any(-1).view(4, 4)
+        assert rows[2:, :2].all()
+        assert rows.sum() == 4
+
+    def test_an_image_does_not_depend_on_its_batch(self, layers: Callable[..., Any]) -> None:
+        scene = layers(DIVISIBLE, batch=3, dtype=torch.float16)
+        together = diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend="cuda")
+        alone = diffseg.aggregate(
+            [query[1:2] for query in scene.queries], [key[1:2] for key in scene.keys], grids=scene.grids, backend="cuda"
+        )
+        assert torch.equal(together[1:2], alone)
+
+
+class TestAggregateMaps:
+    @pytest.mark.parametrize(
+        ("dtype", "grids"),
+        [
+            (torch.float32, DIVISIBLE),
+            (torch.float16, INDIVISIBLE),
+            (torch.bfloat16, [(4, 4), (2, 2)]),
+            (torch.float16, [(8, 8), (4, 4), (3, 5)]),
+            (torch.float32, [(2, 2)] * 35 + [(4, 4)] * 35),  # more than a launch takes
+            (torch.float32, [(1, 1200), (1, 7)]),  # more cells than threads take at once
+        ],
+        ids=["float32", "float16", "bfloat16", "aligned", "many", "long"],
+    )
+    def test_rows_need_not_sum_to_one(self, dtype: torch.dtype, grids: list[tuple[int, int]]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        maps = [
+            (3 * torch.rand(1, 1 + index % 2, h * w, h * w, generator=generator)).to(dtype)
+            for index, (h, w) in enumerate(grids)
+        ]
+        check_maps(maps, grids)
+
+    def test_maps_averaged_over_heads_and_strided(self) -> None:
+        check_maps([torch.rand(2, 12, 24).transpose(1, 2)[:, ::2], torch.rand(2, 3, 3)], [(3, 4), (3, 1)])
+
+    def test_nan_reaches_the_result(self) -> None:
+        maps = torch.rand(1, 6, 6)
+        maps[0, 4, 2] = torch.nan
+        found = diffseg.aggregate_maps([maps], grids=[(2, 3)], backend="cuda")
+        assert found.isnan().any(-1).nonzero().tolist() == [[0, 4]]
+
+    def test_too_many_grids_are_refused(self) -> None:
+        grids = [(1, width) for width in range(2, 20)]
+        with pytest.raises(ValueError, match="expected at most 16 distinct ones below the output's, got 17"):
+            diffseg.aggregate_maps([torch.rand(1, n, n) for _, n in grids], grids=grids, backend="cuda")
+
+
+class TestMerge:
+    def check(self, attention: Tensor, grid: tuple[int, int], **options: Any) -> Proposals:
+        """Compares with the reference, given that no pair is within the contract's band around the threshold."""
+        found = diffseg.merge(attention, grid=grid, backend="cuda", **options)
+        expected = diffseg.merge(attention.to(torch.float64), grid=grid, backend="reference", **options)
+        assert found.counts.tolist() == expected.counts.tolist()
+        torch.testing.assert_close(found.maps.double(), expected.maps, rtol=1e-4, atol=1e-9)
+        return found
+
+    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize(("grid", "batch", "anchors"), [((5, 7), 3, 4), ((6, 6), 1, 6)])
+    def test_equals_the_reference(
+        self, attention: Callable[..., Tensor], grid: tuple[int, int], batch: int, anchors: int, rule: Any
+    ) -> None:
+        maps = attention(grid, batch=batch, regions=6, dtype=torch.float32)
+        positions = torch.tensor(anchor_indices(grid, anchors))
+        margin = (distances(maps[:, positions], maps) - 0.4).abs().min()
+        assert margin > 1e-3, "the scene has a pair within the band: the test would show nothing"
+        found = self.check(maps, grid, anchors=anchors, threshold=0.4, rule=rule)
+        assert 1 < int(found.counts.max()) < anchors**2
+
+    @pytest.mark.parametrize("rule", RULES)
+    def test_more_elements_than_a_tile(self, attention: Callable[..., Tensor], rule: Any) -> None:
+        maps = attention((16, 17), regions=30, dtype=torch.float32)
+        found = self.check(maps, (16, 17), anchors=range(272), threshold=[1e-4, 0.02], iterations=2, rule=rule)
+        assert 32 < int(found.counts) < 272
+
+    def test_given_anchors_may_repeat(self, attention: Callable[..., Tensor]) -> None:
+        self.check(attention((4, 5), dtype=torch.float32), (4, 5), anchors=[3, 19, 3, 0, 7], threshold=0.5)
+
+    def test_the_most_anchors(self, attention: Callable[..., Tensor]) -> None:
+        anchors = torch.randint(0, 20, (1024,), generator=torch.Generator().manual_seed(0)).tolist()
+        maps = attention((4, 5), dtype=torch.float32)
+        found = self.check(maps, (4, 5), anchors=anchors, threshold=[1e-5, 0.3], iterations=2)
+        assert found.maps.shape[1] == 1024
+
+    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("iterations", [1, 2, 4])
+    def test_any_number_of_rounds(self, attention: Callable[..., Tensor], iterations: int, rule: Any) -> None:
+        maps = attention((5, 6), batch=2, regions=7, dtype=torch.float32)
+        thresholds = [0.05, 0.2, 0.4, 0.7][:iterations]
+        self.check(maps, (5, 6), anchors=5, threshold=thresholds, iterations=iterations, rule=rule)
+
+    def test_attention_in_bfloat16(self, attention: Callable[..., Tensor]) -> None:
+        self.check(attention((5, 6), dtype=torch.bfloat16), (5, 6), anchors=5, threshold=0.5)
+        self.check(attention((4, 6), dtype=torch.bfloat16), (4, 6), anchors=4, threshold=0.5)
+
+    def test_strided_attention(self, attention: Callable[..., Tensor]) -> None:
+        maps = attention((5, 5), batch=2, dtype=torch.float32)
+        padded = torch.full((25, 2, 50), torch.nan)
+        padded[:, :, ::2] = maps.transpose(0, 1)
+        strided = padded[:, :, ::2].transpose(0, 1)
+        found = self.check(strided, (5, 5), anchors=3, threshold=0.5)
+        torch.testing.assert_close(found, diffseg.merge(maps, anchors=3, threshold=0.5, backend="cuda"))
+
+    def test_maps_of_one_cell_each_stay_apart(self) -> None:
+        found = self.check(torch.eye(16)[None], (4, 4), anchors=4)
+        assert found.counts.tolist() == [16]
+
+    def test_equal_maps_become_one(self) -> None:
+        row = torch.rand(20).square()
+        found = self.check((row / row.sum()).expand(2, 20, 20), (4, 5), anchors=4, threshold=1e-4)
+        assert found.counts.tolist() == [1, 1]
+        assert found.maps[:, 1:].eq(0).all()
+
+    @pytest.mark.parametrize("sharpness", [1.0, 8.0, 25.0])
+    def test_distances_are_within_the_contract(self, sharpness: float) -> None:
+        """A pair is merged at a threshold of D + 1e-4, and is not at one of D - 1e-4."""
+        generator = torch.Generator().manual_seed(1)
+        shared = torch.randn(1, 144, generator=generator)
+        logits = sharpness * (shared + 0.1 * torch.randn(6, 144, generator=generator))
+        maps = logits.double().softmax(-1).float()
+        exact = distances(maps[None], maps[None])[0, 0]
+        attention = torch.eye(144)[None].clone()  # the other maps are far from all
+        for other in range(1, len(maps)):
+            attention[0, 0], attention[0, 1] = maps[0], maps[other]
+            for offset, expected in ((1e-4, (maps[0] + maps[other]) / 2), (-1e-4, maps[0])):
+                found = diffseg.merge(
+                    attention, anchors=[0], threshold=float(exact[other]) + offset, iterations=1, backend="cuda"
+                )
+                torch.testing.assert_close(found.maps[0, 0], expected, rtol=1e-4, atol=1e-9)
+
+    def test_an_image_does_not_depend_on_its_batch(self, attention: Callable[..., Tensor]) -> None:
+        maps = attention((5, 5), batch=3, dtype=torch.float32)
+        together = diffseg.merge(maps, anchors=4, threshold=0.3, backend="cuda")
+        alone = diffseg.merge(maps[2:], anchors=4, threshold=0.3, backend="cuda")
+        assert torch.equal(together.maps[2:], alone.maps)
+
+    def test_nan_reaches_the_proposals(self, attention: Callable[..., Tensor]) -> None:
+        maps = attention((12, 12), dtype=torch.float32)
+        maps[0, 130, 7] = torch.nan
+        found = diffseg.merge(maps, anchors=4, backend="cuda")
+        assert found.maps[0, : int(found.counts), 7].isnan().all()
+
+
+class TestLabel:
+    @pytest.mark.parametrize(
+        ("grid", "size"), [((5, 4), (13, 17)), ((1, 6), (2, 9)), ((4, 4), (3, 3)), ((6, 5), (6, 5)), ((8, 8), (64, 64))]
+    )
+    def test_equals_the_reference(self, grid: tuple[int, int], size: tuple[int, int]) -> None:
+        generator = torch.Generator().manual_seed(3)
+        maps = torch.rand(3, 14, grid[0] * grid[1], generator=generator)[:, ::2]
+        proposals = Proposals(maps, torch.tensor([7, 1, 4], dtype=torch.int32), grid)
+        found = diffseg.label(proposals, size, backend="cuda")
+        assert torch.equal(found, diffseg.label(proposals, size, backend="reference"))
+
+    def test_ties_go_to_the_lowest_and_padding_never_wins(self) -> None:
+        maps = torch.stack([torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), torch.tensor([9.0, 9.0])])[None]
+        found = diffseg.label(Proposals(maps, torch.tensor([2], dtype=torch.int32), (1, 2)), (3, 3), backend="cuda")
+        assert found.eq(0).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_segment_agrees_with_the_reference(layers: Callable[..., Any], rule: Any) -> None:
+    scene = layers([(6, 8), (3, 4), (2, 2)], batch=2, dtype=torch.float32)
+    options = {"grids": scene.grids, "anchors": 4, "threshold": 0.3, "rule": rule}
+    found = diffseg.segment(scene.queries, scene.keys, (24, 32), backend="cuda", **options)
+    expected = diffseg.segment(
+        as_double(scene.queries), as_double(scene.keys), (24, 32), backend="reference", **options
+    )
+    assert expected.max() > 1
+    assert (found == expected).float().mean() >= 0.999
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_order_of_threads_changes_no_bit(host: Host, layers: Callable[..., Any], dtype: torch.dtype) -> None:
+    """Where a barrier is missing, threads that run last first see other values."""
+
+    def run() -> tuple[Tensor, ...]:
+        attention = diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend="cuda")
+        proposals = diffseg.merge(attention, grid=(11, 13), anchors=range(0, 143, 9), threshold=0.3, backend="cuda")
+        maps = diffseg.aggregate_maps([attention.to(dtype), scene.maps()[1]], grids=scene.grids, backend="cuda")
+        return attention, maps, *proposals[:2], diffseg.label(proposals, (20, 30), backend="cuda")
+
+    scene = layers([(11, 13), (4, 7)], dim=40, dtype=dtype)
+    forward = run()
+    with host.reversed():
+        backward = run()
+    for first, second in zip(forward, backward, strict=True):
+        assert torch.equal(first, second)
+
+
+NETWORKS = {  # (number, grid, heads, channels a head) of the self-attention layers
+    "SD 1.4": ((5, 64, 8, 40), (5, 32, 8, 80), (5, 16, 8, 160), (1, 8, 8, 160)),
+    "SD 2.1": ((5, 96, 5, 64), (5, 48, 10, 64), (5, 24, 20, 64), (1, 12, 20, 64)),
+    "SDXL": ((10, 64, 10, 64), (60, 32, 20, 64)),
+}
+
+
+class TestPlans:
+    """What is launched at the shapes of real networks; nothing runs."""
+
+    def layers(self, module: Any, network: str, given: bool) -> tuple[list[Any], Any]:
+        shapes = [shape[1:] for shape in NETWORKS[network] for _ in range(shape[0])]
+        grids = [(side, side) for side, _, _ in shapes]
+        ratios = resolve_weights("proportional", grids)
+        layers = []
+        for (side, heads, channels), ratio in zip(shapes, ratios, strict=True):
+            view = module.View(16, (heads * side**2 * channels, channels, heads * channels))
+            layers.append(
+                module.Layer(
+                    queries=view, keys=view, logsumexps=16 if given else 0, heads=heads, depth=channels,
+                    grid=(side, side), scale=channels**-0.5, ratio=ratio,
+                )
+            )  # fmt: skip
+        return layers, module.Attention(data=16, dtype="float32", grid=grids[0], batch=1)
+
+    @pytest.mark.parametrize("dtype", ["float16", "float32"])
+    @pytest.mark.parametrize("network", NETWORKS)
+    def test_aggregate(self, host: Host, network: str, dtype: str) -> None:
+        layers, out = self.layers(host.module, network, given=False)
+        assert host.module.aggregate_workspace(layers, dtype, out) < (32 << 20)
+        with host.recorded() as launches:
+            host.module.aggregate(layers, dtype, out, 256, host.module.Queue(0, 0))
+        assert {launch[0] for launch in launches} == {"logsumexp_kernel", "sum_scores_kernel", "rows_kernel"}
+        assert all(int(launch[5]) <= SMALLEST_LIMIT for launch in launches)
+        if network == "SD 1.4" and dtype == "float16":
+            sums = [int(launch[1]) for launch in launches if launch[0] == "sum_scores_kernel"]
+            assert sums == [3 * 64 + 5 * 4 + 1, 32 * 32]  # three parts at 32 x 32, five at 16 x 16; then A_f
+
+    @pytest.mark.parametrize("cells", [4096, 9216])
+    def test_merge(self, host: Host, cells: int) -> None:
+        module = host.module
+        options = module.MergeOptions(anchors=list(range(256)), thresholds=[1.0] * 3, exclusive=True)
+        assert module.merge_workspace(1, cells, options) < (64 << 20 if cells > 4096 else 32 << 20)
+        with host.recorded() as launches:
+            attention = module.View(16, (cells * cells, 0, cells))
+            module.merge(attention, "float32", 1, cells, options, 16, 16, 256, module.Queue(0, 0))
+        later = ["terms_kernel", "products_kernel", "bits_kernel", "walk_kernel", "means_kernel"]
+        assert [launch[0] for launch in launches] == [
+            "positions_kernel", "terms_kernel", "products_kernel", "bits_kernel", "means_kernel", *later * 2,
+        ]  # fmt: skip
+        assert all(int(launch[5]) <= SMALLEST_LIMIT for launch in launches)
+
+
+@pytest.fixture(scope="session")
+def broken(builder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    sources = [builder.HERE / "broken.cpp", builder.HERE / "host_device.cpp"]
+    return ctypes.CDLL(str(builder.build(tmp_path_factory.mktemp("broken"), sources=sources)))
+
+
+class TestEmulation:
+    """Kernels that are wrong on purpose."""
+
+    def run(self, broken: ctypes.CDLL, name: str) -> tuple[str, Tensor]:
+        """What the emulation says, and the 64 floats that the kernel writes."""
+        function = getattr(broken, name)
+        function.restype = ctypes.c_char_p
+        out = torch.zeros(64)
+        return function(ctypes.c_void_p(out.data_ptr())).decode(), out
+
+    @pytest.mark.parametrize("name", ["read_unwritten", "read_early"])
+    def test_shared_memory_is_nan_until_written(self, broken: ctypes.CDLL, name: str) -> None:
+        complaint, out = self.run(broken, name)
+        assert complaint == ""
+        assert out.isnan().any()
+
+    def test_a_copy_arrives_when_waited_for(self, broken: ctypes.CDLL) -> None:
+        _, out = self.run(broken, "read_copy")
+        assert out[0].isnan()
+        assert out[1] == 2
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("copy_unwaited", "broken_kernel: a thread ended before its copies arrived"),
+            ("copy_misaligned", "broken_kernel: the target of a copy is outside shared memory or not aligned"),
+            ("shuffle_half", "broken_kernel: lanes of a warp do not meet"),
+            ("diverge", "broken_kernel: lanes of a warp are at "),
+        ],
+    )
+    def test_it_complains(self, broken: ctypes.CDLL, name: str, expected: str) -> None:
+        assert self.run(broken, name)[0].startswith(expected)
