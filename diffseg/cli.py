@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import json
 import os
 import platform
 import sys
@@ -48,6 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument("--rule", choices=RULES, default="paper", help="merging rule (default: %(default)s)")
     segment.add_argument("--resolution", type=int, help="longer side when processed (default: the model's own)")
     segment.add_argument("--refine", action="store_true", help="add k-means refinement")
+    segment.add_argument("--semantic", action="store_true", help="name the segments by the nouns of a caption")
+    segment.add_argument("--caption", metavar="TEXT", help="the caption, instead of one that a model writes")
+    segment.add_argument("--labels", metavar="A,B,...", help="the names to choose from, instead of nouns")
+    segment.add_argument("--captioner", metavar="MODEL", help="image-to-text model (default: BLIP)")
+    segment.add_argument("--keep-masks", action="store_true", help="do not fuse the masks that get the same name")
     segment.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
     segment.add_argument("--time", action="store_true", help="print how long each stage took")
 
@@ -66,20 +72,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _segment(options: argparse.Namespace) -> int:
-    """Writes NAME_labels.png, whose pixel values are segments, and NAME_overlay.png, with outlines, for each image."""
-    jobs = _plan(_expand(options.images), Path(options.output), force=options.force)
+    """Writes NAME_labels.png, whose pixel values are segments, and NAME_overlay.png, with outlines, for each image.
+
+    With --semantic, --caption or --labels, masks of one name are one segment, NAME_segments.json lists the segments and
+    the overlay names them.
+    """
+    options.semantic = options.semantic or options.caption is not None or options.labels is not None
+    jobs = _plan(_expand(options.images), Path(options.output), force=options.force, semantic=options.semantic)
     if not jobs:
         return 0
 
     from tqdm import tqdm
 
     pipe = loading.load_pipeline(options.model, options.device, options.dtype)
+    naming = _naming(options, pipe)
     seconds: dict[str, float] = {}
     written, failed = [], 0
     with tqdm(jobs, unit="image", disable=len(jobs) == 1) as progress:
         for source, labels, overlay in progress:
             try:
-                count, timings = _segment_one(pipe, source, labels, overlay, options)
+                count, timings = _segment_one(pipe, source, labels, overlay, options, naming)
             except (ValueError, OSError) as error:
                 failed += 1
                 progress.write(f"{source}: {error}", file=sys.stderr)
@@ -118,7 +130,7 @@ def _expand(patterns: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _plan(sources: Sequence[Path], directory: Path, *, force: bool) -> list[tuple[Path, Path, Path]]:
+def _plan(sources: Sequence[Path], directory: Path, *, force: bool, semantic: bool) -> list[tuple[Path, Path, Path]]:
     """(source, labels, overlay) of each image to do; those whose outputs exist are left out, and said so."""
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"--output: expected a folder, {directory} is a file")
@@ -129,7 +141,8 @@ def _plan(sources: Sequence[Path], directory: Path, *, force: bool) -> list[tupl
             raise UsageError(f"{taken[source.stem]} and {source} would both write {source.stem}_labels.png")
         taken[source.stem] = source
         outputs = (directory / f"{source.stem}_labels.png", directory / f"{source.stem}_overlay.png")
-        existing = [output for output in outputs if output.exists()]
+        listing = [_listing(outputs[0])] if semantic else []
+        existing = [output for output in (*outputs, *listing) if output.exists()]
         if existing and not force:
             print(f"{source}: kept {', '.join(map(str, existing))} (--force overwrites)", file=sys.stderr)
         else:
@@ -137,7 +150,39 @@ def _plan(sources: Sequence[Path], directory: Path, *, force: bool) -> list[tupl
     return jobs
 
 
-def _segment_one(pipe: Any, source: Path, labels: Path, overlay: Path, options: argparse.Namespace) -> Any:
+def _naming(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
+    """The arguments of the pipeline's call that ask for names."""
+    if not options.semantic:
+        return {}
+    from . import semantics
+
+    if pipe.text_encoder is None:
+        raise UsageError(
+            f"--semantic: expected a model with a text encoder, such as --model {loading.STABLE_DIFFUSION}"
+        )
+    names = None if options.labels is None else [name.strip() for name in options.labels.split(",")]
+    if names is None:
+        try:
+            semantics.tagger()
+        except ImportError as error:
+            raise UsageError(f"--semantic: {error}") from error
+    return {
+        "semantic": True,
+        "caption": options.caption,
+        "labels": names,
+        "captioner": options.captioner or semantics.CAPTIONER,
+        "fuse": not options.keep_masks,
+    }
+
+
+def _listing(labels: Path) -> Path:
+    """Where the segments of a label image are listed."""
+    return labels.with_name(f"{labels.stem.removesuffix('_labels')}_segments.json")
+
+
+def _segment_one(
+    pipe: Any, source: Path, labels: Path, overlay: Path, options: argparse.Namespace, naming: dict[str, Any]
+) -> Any:
     """Segments one image and writes its outputs, whole or not at all; (segments, seconds by stage)."""
     from PIL import Image
 
@@ -154,18 +199,28 @@ def _segment_one(pipe: Any, source: Path, labels: Path, overlay: Path, options: 
         processing_resolution=options.resolution,
         backend=options.backend,
         time_stages=options.time,
+        **naming,
     )
     found = output.labels[0]
+    if options.semantic:
+        found = output.semantics[0]["segmentation"]
+    picture_of = visualize.overlay(images.to_array(picture), found)
     labels.parent.mkdir(parents=True, exist_ok=True)
-    _write(visualize.label_image(found), labels)
-    _write(Image.fromarray(visualize.overlay(images.to_array(picture), found)), overlay)
-    return output.num_segments[0], output.timings
+    if options.semantic:
+        segments = output.semantics[0]["segments_info"]
+        named = {segment["id"]: segment["label"] for segment in segments if segment["label"] is not None}
+        picture_of = visualize.write_names(picture_of, found, named)
+        listing = json.dumps({"caption": output.captions[0], "segments_info": segments}, indent=1)
+        _write(lambda path: path.write_text(listing + "\n", encoding="utf-8"), _listing(labels))
+    _write(lambda path: visualize.label_image(found).save(path, format="PNG"), labels)
+    _write(lambda path: Image.fromarray(picture_of).save(path, format="PNG"), overlay)
+    return int(found.max()) + 1, output.timings
 
 
-def _write(image: Any, path: Path) -> None:
+def _write(save: Callable[[Path], Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        image.save(temporary, format="PNG")
+        save(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """DiffSeg as a diffusers pipeline: images in, label maps out."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from . import backends, ops
+from . import backends, ops, semantics
 from . import images as image_io
 from .capture import AttentionRecord, record_attention
 from .checks import check_integer, check_pair, check_rule, check_thresholds, check_weight_scheme
@@ -40,6 +41,13 @@ class DiffSegOutput(BaseOutput):  # type: ignore[misc]
 
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds in each stage, over all images; empty unless ``time_stages``."""
+
+    captions: list[str] | None = None
+    """The text that each image was shown with, where names were asked for."""
+
+    semantics: list[dict[str, Any]] | None = None
+    """Where names were asked for, segments as transformers returns them: ``segmentation``, of the type of ``labels``,
+    and ``segments_info``, a list of ``id``, ``label_id``, ``label``, ``score`` and ``was_fused``."""
 
 
 class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -73,6 +81,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.register_modules(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(threshold=threshold, timestep=timestep)
         self._empty_prompt: Tensor | None = None
+        self._captioner: semantics.ModelCaptioner | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "DiffSegPipeline":
@@ -122,8 +131,16 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         return_dict: bool = True,
         backend: str = "auto",
         time_stages: bool = False,
+        semantic: bool = False,
+        caption: Union[str, Sequence[str], None] = None,  # noqa: UP007
+        labels: Union[Sequence[str], None] = None,  # noqa: UP007
+        captioner: Union[str, semantics.Captioner] = semantics.CAPTIONER,  # noqa: UP007
+        fuse: bool = True,
     ) -> Union[DiffSegOutput, tuple[Any, ...]]:  # noqa: UP007
         """Segments one image or several.
+
+        ``semantic=True`` names the segments (the paper's appendix 8.7): a second pass of the UNet, with a caption
+        instead of the empty prompt, gives the cross-attention; it changes no mask.
 
         Args:
             image: a path, PIL image, array [H, W, C] or tensor [C, H, W] (uint8, uint16, or floats in [0, 1]), or a
@@ -140,9 +157,17 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             output_type: ``"np"``, int32 arrays; ``"pt"``, int32 tensors; ``"pil"``, palette images.
             return_dict: return a :class:`DiffSegOutput`, else its fields as a tuple.
             time_stages: wait for the device after each stage and report seconds in ``timings``.
+            semantic: name the segments by the nouns of a caption; fills ``captions`` and ``semantics``.
+            caption: the caption, or one an image; None: the captioner writes it.
+            labels: the names to choose from, instead of nouns. Without a ``caption`` they are the text; with one they
+                must stand in it.
+            captioner: name of an image-to-text model of transformers, loaded when it is first needed; or a function
+                from PIL images to captions.
+            fuse: make one segment of the masks that get the same name.
 
         Raises:
             ValueError, TypeError: on bad input, before any work; ValueError if the attention is not finite.
+            ImportError: nouns are needed, and HanTa (``diffseg[semantic]``) is not installed.
         """
         if output_type not in ("np", "pt", "pil"):
             raise ValueError(f"output_type: expected 'np', 'pt' or 'pil', got {output_type!r}")
@@ -156,6 +181,10 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         check_weight_scheme(weights)
         backends.check_name(backend)
         given = image_io.as_list(image)
+        if semantic:
+            captions, labels = semantics.check_request(self.text_encoder, caption, labels, captioner, len(given))
+        elif caption is not None or labels is not None:
+            raise ValueError(f"{'labels' if caption is None else 'caption'}: expected semantic=True with it")
         if not given:
             raise ValueError("image: expected at least one image, got an empty list")
         pictures = [
@@ -164,7 +193,12 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         sizes = [self._processed_size((each.shape[1], each.shape[2]), processing_resolution) for each in pictures]
 
         clock = _StageClock(self._execution_device, enabled=time_stages)
-        labels: dict[int, Tensor] = {}
+        if semantic:
+            with clock("caption"):
+                if captions is None and labels is None:
+                    captions = self._captions(pictures, captioner, batch_size)
+                prompts = semantics.prompts(captions, labels, len(pictures))
+        found_labels: dict[int, Tensor] = {}
         with self.progress_bar(total=len(pictures)) as progress:
             for batch in _batches(sizes, batch_size):
                 size = sizes[batch[0]]
@@ -188,15 +222,21 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                     found = _labels_at_sizes(proposals, targets, backend)
                     if not bool(finite.all()):
                         raise ValueError(_overflow([i for i, good in zip(batch, finite, strict=True) if not good]))
-                labels.update(zip(batch, found, strict=True))
+                found_labels.update(zip(batch, found, strict=True))
                 progress.update(len(batch))
+        ordered = [found_labels[i] for i in range(len(pictures))]
+        named = None
+        if semantic:
+            named = self._named(pictures, sizes, ordered, prompts, batch_size, timestep, backend, fuse, clock)
         self.maybe_free_model_hooks()
 
-        ordered = [labels[i] for i in range(len(pictures))]
         output = DiffSegOutput(
             labels=[_converted(each, output_type) for each in ordered],
             num_segments=[int(each.max()) + 1 for each in ordered],
             timings=clock.seconds,
+            captions=[prompt.text for prompt in prompts] if semantic else None,
+            semantics=named
+            and [{"segmentation": _converted(each, output_type), "segments_info": infos} for each, infos in named],
         )
         return output if return_dict else output.to_tuple()
 
@@ -261,18 +301,77 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _record(self, pictures: list[Tensor], size: Grid, timestep: int, clock: "_StageClock") -> AttentionRecord:
         """What the UNet leaves behind, from pictures [3, H, W] processed at ``size``."""
         with clock("preprocess"):
-            pixels = torch.stack([image_io.resize(picture, size) for picture in pictures]) * 2 - 1
-            pixels = pixels.to(self._execution_device, self.unet.dtype)
+            pixels = self._uploaded(pictures, size)
         with clock("encode"):
-            latents = pixels
-            if self.vae is not None:
-                latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean * self.vae.config.scaling_factor
-                latents = latents.to(self.unet.dtype)
-            context = self._context(len(pixels)).to(latents)
+            latents = self._latents(pixels)
+        context = self._context(len(pixels)).to(latents)
         with clock("unet"), record_attention(self.unet) as record:
             steps = torch.full((len(pixels),), timestep, device=pixels.device)
             self.unet(latents, steps, encoder_hidden_states=context)
         return record
+
+    def _uploaded(self, pictures: list[Tensor], size: Grid) -> Tensor:
+        """Pixels float32 [B, 3, h, w] in [0, 1] on the device."""
+        return torch.stack([image_io.resize(picture, size) for picture in pictures]).to(self._execution_device)
+
+    def _latents(self, pixels: Tensor) -> Tensor:
+        """What the UNet reads: the VAE's latents, or the pixels in [-1, 1], in the UNet's dtype."""
+        pixels = pixels * 2 - 1
+        if self.vae is None:
+            return pixels.to(self.unet.dtype)
+        latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean * self.vae.config.scaling_factor
+        return latents.to(self.unet.dtype)
+
+    def _captions(self, pictures: list[Tensor], captioner: Any, batch_size: int) -> list[str]:
+        """A caption an image, from a function or from the model of that name, which is kept."""
+        if isinstance(captioner, str):
+            if self._captioner is None or self._captioner.name != captioner:
+                self._captioner = semantics.ModelCaptioner(captioner, self._execution_device, self.unet.dtype)
+            self._captioner.model.to(self._execution_device)
+            captioner = self._captioner
+        captions: list[str] = []
+        for start in range(0, len(pictures), batch_size):
+            some = [image_io.to_pil(each) for each in pictures[start : start + batch_size]]
+            captions += semantics.checked_captions(captioner(some), len(some))
+        return captions
+
+    def _named(
+        self,
+        pictures: list[Tensor],
+        sizes: list[Grid],
+        labels: list[Tensor],
+        prompts: list[semantics.Prompt],
+        batch_size: int,
+        timestep: int,
+        backend: str,
+        fuse: bool,
+        clock: "_StageClock",
+    ) -> list[Any]:
+        """The segments of each image, named, from a second pass over those in whose text there is a name."""
+        encoded = [semantics.encode(self.tokenizer, prompt) for prompt in prompts]
+        names = dict.fromkeys(name for prompt in prompts for name in prompt.names)
+        label_ids = {name: number for number, name in enumerate(names)}
+        scores = [torch.empty(int(each.max()) + 1, 0) for each in labels]
+        with clock("semantic"):
+            for batch in _batches(sizes, batch_size):
+                shown = [i for i in batch if encoded[i].names]
+                if not shown:
+                    continue
+                size = sizes[batch[0]]
+                latents = self._latents(self._uploaded([pictures[i] for i in shown], size))
+                maps = semantics.name_maps(
+                    self.unet, self.text_encoder, latents, [encoded[i] for i in shown], timestep, size, backend
+                )
+                for i, image_maps in zip(shown, maps, strict=True):
+                    masks = labels[i][None].to(maps.device)
+                    found = ops.score_masks(image_maps[None], masks, masks=len(scores[i]), backend=backend)
+                    scores[i] = found[0].cpu() * math.sqrt(size[0] * size[1])  # 1: as with even attention
+                if overflown := [i for i in shown if not bool(scores[i].isfinite().all())]:
+                    raise ValueError(_overflow(overflown))
+        return [
+            semantics.named_segments(each, scores[i], list(encoded[i].names), label_ids, fuse=fuse)
+            for i, each in enumerate(labels)
+        ]
 
     def _context(self, batch_size: int) -> Tensor:
         """The empty prompt's embedding [B, tokens, channels], computed once; zeros for a UNet in pixel space."""
