@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .backends import available_backends, explain_backends
-from .ops import Proposals, aggregate, aggregate_maps, label, merge, refine, segment
+from .ops import Proposals, aggregate, aggregate_cross, aggregate_maps, label, merge, refine, score_masks, segment
 
 if TYPE_CHECKING:
     from . import compat
@@ -26,6 +26,7 @@ __all__ = [
     "DiffSegPipeline",
     "Proposals",
     "aggregate",
+    "aggregate_cross",
     "aggregate_maps",
     "available_backends",
     "compat",
@@ -34,6 +35,7 @@ __all__ = [
     "merge",
     "record_attention",
     "refine",
+    "score_masks",
     "segment",
     "warmup",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-OPS = ("aggregate", "aggregate_maps", "merge", "label")
+OPS = ("aggregate", "aggregate_maps", "merge", "label", "aggregate_cross", "score_masks")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Backend:
         """Whether ``op`` runs here on tensors of ``dtype`` on ``device``; or raises a ValueError that says why not.
 
         ``request`` is what else an implementation may limit: ``anchors``, their number; ``width``, the channels of a
-        head; ``storage``, the dtype of A_f. What is left out is taken to be within the limits.
+        head; ``storage``, the dtype of A_f; ``tokens``, those of a text. What is left out is within the limits.
         """
         reason = self._obstacle(op, device, dtype, request)
         if reason is not None and raise_error:
@@ -70,7 +70,7 @@ def _load_cpu() -> Any:
 
 
 def _kernel_limit(
-    device: torch.device, *, anchors: int = 1, width: int = 1, storage: torch.dtype = torch.float32
+    device: torch.device, *, anchors: int = 1, width: int = 1, tokens: int = 1, storage: torch.dtype = torch.float32
 ) -> str | None:
     """What every kernel leaves to the reference."""
     if storage == torch.float64:
@@ -98,28 +98,34 @@ def _load_triton() -> SimpleNamespace:
         raise ImportError(f"expected Triton 3.2 or later, found {triton.__version__}")
     if not torch.cuda.is_available() and not _TRITON_INTERPRETED:
         raise ImportError("no CUDA or ROCm GPU is visible")
-    modules = {name: importlib.import_module(f"diffseg.kernels.{name}") for name in ("aggregate", "merge", "label")}
+    names = ("aggregate", "merge", "label", "cross")
+    modules = {name: importlib.import_module(f"diffseg.kernels.{name}") for name in names}
     return SimpleNamespace(
         aggregate=modules["aggregate"].aggregate,
         aggregate_maps=modules["aggregate"].aggregate_maps,
         merge=modules["merge"].merge,
         label=modules["label"].label,
+        aggregate_cross=modules["cross"].aggregate_cross,
+        score_masks=modules["cross"].score_masks,
     )
 
 
 def _triton_limit(
-    device: torch.device, *, anchors: int = 1, width: int = 1, storage: torch.dtype = torch.float32
+    device: torch.device, *, anchors: int = 1, width: int = 1, tokens: int = 1, storage: torch.dtype = torch.float32
 ) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"expected a GPU of capability 8.0 or more, got {major}.{minor}"
     if width > _TRITON_WIDTH:
         return f"expected heads of at most {_TRITON_WIDTH} channels, got {width}"
+    if tokens > _TRITON_TOKENS:
+        return f"expected at most {_TRITON_TOKENS} tokens, got {tokens}"
     return _kernel_limit(device, anchors=anchors, storage=storage)
 
 
 _MOST_ANCHORS = 1024
 _TRITON_WIDTH = 256
+_TRITON_TOKENS = 128  # scores of a text stay in registers
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it: when it is imported
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -132,9 +138,9 @@ BACKENDS = {
             summary="C++ kernels (diffseg._cpu)",
             device_types=("cpu",),
             dtypes={
-                **dict.fromkeys(("aggregate", "aggregate_maps"), _FLOATS[:3]),
+                **dict.fromkeys(("aggregate", "aggregate_maps", "aggregate_cross"), _FLOATS[:3]),
                 "merge": (torch.float32, torch.bfloat16),
-                "label": (torch.float32,),
+                **dict.fromkeys(("label", "score_masks"), (torch.float32,)),
             },
             load=_load_cpu,
             limit=_kernel_limit,
@@ -157,9 +163,9 @@ BACKENDS = {
             summary="Triton kernels" + (", interpreted" if _TRITON_INTERPRETED else ""),
             device_types=("cuda", "cpu") if _TRITON_INTERPRETED else ("cuda",),
             dtypes={
-                **dict.fromkeys(("aggregate", "aggregate_maps"), _FLOATS[:3]),
+                **dict.fromkeys(("aggregate", "aggregate_maps", "aggregate_cross"), _FLOATS[:3]),
                 "merge": (torch.float32, torch.bfloat16),
-                "label": (torch.float32,),
+                **dict.fromkeys(("label", "score_masks"), (torch.float32,)),
             },
             load=_load_triton,
             automatic=False,  # by name only, until measurements on a GPU are committed

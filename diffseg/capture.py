@@ -1,4 +1,4 @@
-"""Records queries and keys of a diffusers UNet's self-attention during a forward pass, never an attention map.
+"""Records queries and keys of a diffusers UNet's attention during a forward pass, never an attention map.
 
 The recording processor computes what the UNet's own processor computes, with the operator that
 ``F.scaled_dot_product_attention`` would pick. ``torch.compile`` traces it and the hooks: what they record they only
@@ -36,10 +36,11 @@ _PARTS = ("down_blocks", "mid_block", "up_blocks")  # in forward order
 
 
 class AttentionRecord:
-    """What one forward pass of a UNet left behind: one item a self-attention layer, in forward order.
+    """What one forward pass of a UNet left behind: one item a recorded layer, in forward order.
 
     It is of the last pass that ran to its end inside :func:`record_attention`, and empty as long as there is none. Its
-    lists are arguments of :func:`diffseg.segment` and :func:`diffseg.aggregate` as they are.
+    lists are arguments of :func:`diffseg.segment` and :func:`diffseg.aggregate` as they are, those of cross-attention
+    of :func:`diffseg.aggregate_cross`.
     """
 
     def __init__(self, recorder: _Recorder) -> None:
@@ -53,7 +54,7 @@ class AttentionRecord:
 
     @property
     def keys(self) -> list[Tensor]:
-        """As the queries."""
+        """As the queries; in cross-attention [B, heads, tokens, d]."""
         return [layer.key for layer in self._settled()]
 
     @property
@@ -95,37 +96,39 @@ class AttentionRecord:
 
 
 @contextmanager
-def record_attention(unet: Any) -> Iterator[AttentionRecord]:
+def record_attention(unet: Any, *, cross: bool = False) -> Iterator[AttentionRecord]:
     """Records queries, keys and, where they cost nothing, log-sum-exps of every self-attention layer of ``unet``.
 
     Inside the context the UNet's outputs are as without it: the same bits where its processors call
     ``F.scaled_dot_product_attention``, equal up to rounding where they are eager, sliced or xFormers'. Each forward
-    pass replaces the record. On exit, also after an exception, the UNet gets its own processors back; cross-attention
-    layers keep theirs all along. A compiled UNet is compiled once more at its first recording.
+    pass replaces the record. On exit, also after an exception, the UNet gets its own processors back; layers that are
+    not recorded keep theirs all along. A compiled UNet is compiled once more at its first recording.
 
     Q and K are those that the layer multiplies, after the split into heads and after ``norm_q`` and ``norm_k``.
     ``upcast_attention`` does not change them: it asks for scores in float32 of the same Q and K.
 
     Args:
         unet: a diffusers UNet2DConditionModel, or what ``torch.compile`` made of one.
+        cross: record the cross-attention layers instead: queries of the image, keys of the text.
 
     Yields:
         :class:`AttentionRecord`; it stays valid after the context.
 
     Raises:
         TypeError: ``unet`` is something else.
-        ValueError: it has no self-attention; a self-attention layer has a processor that computes something else, or is
-            being recorded already; in the forward pass, an attention mask; at the end, a layer whose number of queries
-            is not that of its level in the UNet.
+        ValueError: it has no such attention; a layer of it has a processor that computes something else, or is being
+            recorded already; in the forward pass, an attention mask, or cross-attention without a text; at the end, a
+            layer whose number of queries is not that of its level in the UNet.
     """
     model = getattr(unet, "_orig_mod", unet)
     if not isinstance(model, UNet2DConditionModel):
         raise TypeError(f"unet: expected a diffusers UNet2DConditionModel, got {type(model).__name__}")
-    layers = _self_attention(model)
+    layers = _attention_layers(model, cross)
     if not layers:
-        raise ValueError("unet: expected self-attention in its down, mid or up blocks, found none")
+        kind = "cross" if cross else "self"
+        raise ValueError(f"unet: expected {kind}-attention in its down, mid or up blocks, found none")
     own = {name: attn.get_processor() for name, attn in layers.items()}
-    recorder = _RECORDERS.setdefault(model, _Recorder())
+    recorder = _RECORDERS[cross].setdefault(model, _Recorder(cross))
     recording = recorder.prepare(layers, levels=len(model.config.block_out_channels))
     record = AttentionRecord(recorder)
     _set_processors(layers, recording)
@@ -159,7 +162,8 @@ class _Layer(NamedTuple):
 class _Recorder:
     """A UNet's recording processors and hooks; kept, since compiled code may be guarded by their identity."""
 
-    def __init__(self) -> None:
+    def __init__(self, cross: bool) -> None:
+        self._cross = cross
         self._processors: dict[str, _RecordingProcessor] = {}
         self._layers: list[_Layer] = []
         self._latent: Grid = (0, 0)
@@ -169,7 +173,8 @@ class _Recorder:
         """The processors that stand in for those of ``layers``, in a UNet of so many levels."""
         for name, attn in layers.items():
             _check_processor(name, attn)
-        self._processors = {name: self._processors.get(name) or _RecordingProcessor(name) for name in layers}
+        kind = _CrossRecordingProcessor if self._cross else _RecordingProcessor
+        self._processors = {name: self._processors.get(name) or kind(name) for name in layers}
         for name, attn in layers.items():
             self._processors[name].imitate(attn, _level(name, levels))
         return self._processors
@@ -200,7 +205,8 @@ class _Recorder:
             processor.forget()
 
 
-_RECORDERS: WeakKeyDictionary[UNet2DConditionModel, _Recorder] = WeakKeyDictionary()
+_RECORDERS: tuple[WeakKeyDictionary[UNet2DConditionModel, _Recorder], ...] = (WeakKeyDictionary(), WeakKeyDictionary())
+"""Of self-attention and of cross-attention."""
 
 
 class _RecordingProcessor:
@@ -236,8 +242,7 @@ class _RecordingProcessor:
     ) -> Tensor:
         if attention_mask is not None:
             raise ValueError(f"attention_mask: expected None while {self._name} is recorded, got a mask")
-        if encoder_hidden_states is not None:
-            raise ValueError(f"encoder_hidden_states: expected None in the self-attention {self._name}, got a tensor")
+        self._check_text(encoder_hidden_states)
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -246,7 +251,14 @@ class _RecordingProcessor:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        query, key, value = self._project(attn, hidden_states)
+        query, key, value = (
+            each.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for each in self._project(attn, hidden_states, encoder_hidden_states)
+        )
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
         output, logsumexp = scaled_dot_product_attention(query, key, value, self._scale_argument)
         self._keep(query, key, logsumexp)
         output = output.transpose(1, 2).flatten(2)
@@ -258,18 +270,15 @@ class _RecordingProcessor:
         rescaled: Tensor = output / attn.rescale_output_factor
         return rescaled
 
-    def _project(self, attn: Attention, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, K and V, [B, heads, n, d] each."""
+    def _check_text(self, text: Tensor | None) -> None:
+        if text is not None:
+            raise ValueError(f"encoder_hidden_states: expected None in the self-attention {self._name}, got a tensor")
+
+    def _project(self, attn: Attention, image: Tensor, text: Tensor | None) -> tuple[Tensor, ...]:
+        """Q, K and V, heads beside each other, [B, n, heads * d] each."""
         if self._fused:
-            projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            projected = (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
-        query, key, value = (each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in projected)
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        return query, key, value
+            return attn.to_qkv(image).chunk(3, dim=-1)
+        return attn.to_q(image), attn.to_k(image), attn.to_v(image)
 
     def _keep(self, query: Tensor, key: Tensor, logsumexp: Tensor | None) -> None:
         self.query, self.key = query.detach(), key.detach()
@@ -293,14 +302,30 @@ class _RecordingProcessor:
         return _Layer(self._name, query, key, self.logsumexp, self._scale, grid)
 
 
-def _self_attention(unet: UNet2DConditionModel) -> dict[str, Attention]:
-    """The self-attention modules by path, in forward order; those of image prompts' encoders are not among them."""
+class _CrossRecordingProcessor(_RecordingProcessor):
+    """The same of a layer in which the image attends to a text."""
+
+    def _check_text(self, text: Tensor | None) -> None:
+        if text is None:
+            raise ValueError(f"encoder_hidden_states: expected a tensor in the cross-attention {self._name}, got None")
+
+    def _project(self, attn: Attention, image: Tensor, text: Tensor | None) -> tuple[Tensor, ...]:
+        """Q of the image, [B, n, heads * d], K and V of the text, [B, tokens, heads * d]."""
+        if attn.norm_cross:
+            text = attn.norm_encoder_hidden_states(text)
+        if self._fused:
+            return attn.to_q(image), *attn.to_kv(text).chunk(2, dim=-1)
+        return attn.to_q(image), attn.to_k(text), attn.to_v(text)
+
+
+def _attention_layers(unet: UNet2DConditionModel, cross: bool) -> dict[str, Attention]:
+    """The attention modules of a kind by path, in forward order, without those of image prompts' encoders."""
     return {
         name: module
         for part in _PARTS
         if getattr(unet, part) is not None
         for name, module in getattr(unet, part).named_modules(prefix=part)
-        if isinstance(module, Attention) and not module.is_cross_attention
+        if isinstance(module, Attention) and module.is_cross_attention == cross
     }
 
 

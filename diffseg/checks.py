@@ -17,11 +17,11 @@ WEIGHT_SCHEMES = ("proportional", "per_layer", "literal")
 _STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def check_sequence(name: str, value: Any) -> None:
+def check_sequence(name: str, value: Any, item: str = "layer") -> None:
     if isinstance(value, (Tensor, str, bytes)) or not isinstance(value, Sequence):
-        raise TypeError(f"{name}: expected a list, one item a layer, got {describe(value)}")
+        raise TypeError(f"{name}: expected a list, one item a {item}, got {describe(value)}")
     if len(value) == 0:
-        raise ValueError(f"{name}: expected at least one layer, got an empty list")
+        raise ValueError(f"{name}: expected at least one {item}, got an empty list")
 
 
 def check_length(name: str, value: Sequence[Any], length: int) -> None:

@@ -50,6 +50,11 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument("--rule", choices=RULES, default="paper", help="merging rule (default: %(default)s)")
     segment.add_argument("--resolution", type=int, help="longer side when processed (default: the model's own)")
     segment.add_argument("--refine", action="store_true", help="add k-means refinement")
+    segment.add_argument("--semantic", action="store_true", help="name the segments by the nouns of a caption")
+    segment.add_argument("--caption", metavar="TEXT", help="the caption, instead of one that a model writes")
+    segment.add_argument("--labels", metavar="A,B,...", help="the names to choose from, instead of nouns")
+    segment.add_argument("--captioner", metavar="MODEL", help="image-to-text model (default: BLIP)")
+    segment.add_argument("--keep-masks", action="store_true", help="do not fuse the masks that get the same name")
     segment.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
     segment.add_argument(
         "--batch-size", type=_positive, default=2, metavar="N", help="images a pass (default: %(default)s)"
@@ -77,8 +82,13 @@ def _positive(given: str) -> int:
 
 
 def _segment(options: argparse.Namespace) -> int:
-    """Writes NAME_labels.png, whose pixel values are segments, and NAME_overlay.png, with outlines, for each image."""
-    jobs = _plan(_expand(options.images), Path(options.output), force=options.force)
+    """Writes NAME_labels.png, whose pixel values are segments, and NAME_overlay.png, with outlines, for each image.
+
+    With --semantic, --caption or --labels, masks of one name are one segment, NAME_segments.json lists the segments and
+    the overlay names them.
+    """
+    options.semantic = options.semantic or options.caption is not None or options.labels is not None
+    jobs = _plan(_expand(options.images), Path(options.output), force=options.force, semantic=options.semantic)
     if not jobs:
         return 0
 
@@ -90,7 +100,7 @@ def _segment(options: argparse.Namespace) -> int:
     asked = {
         name: getattr(options, name) for name in ("threshold", "anchors", "iterations", "rule", "refine", "backend")
     }
-    asked |= {"processing_resolution": options.resolution, "time_stages": options.time}
+    asked |= {"processing_resolution": options.resolution, "time_stages": options.time, **_naming(options, pipe)}
     with tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1) as progress:
 
         def done(job: Any, outcome: Any) -> None:
@@ -132,7 +142,7 @@ def _expand(patterns: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _plan(sources: Sequence[Path], directory: Path, *, force: bool) -> list[Job]:
+def _plan(sources: Sequence[Path], directory: Path, *, force: bool, semantic: bool) -> list[Job]:
     """What there is to do; images of which an output exists are left out, and their number is said."""
     from .folder import Job
 
@@ -144,8 +154,11 @@ def _plan(sources: Sequence[Path], directory: Path, *, force: bool) -> list[Job]
         if source.stem in taken:
             raise UsageError(f"{taken[source.stem]} and {source} would both write {source.stem}_labels.png")
         taken[source.stem] = source
-        job = Job(source, directory / f"{source.stem}_labels.png", directory / f"{source.stem}_overlay.png")
-        if not force and (job.labels.exists() or job.overlay.exists()):
+        labels, overlay, listing = (
+            directory / f"{source.stem}_{kind}" for kind in ("labels.png", "overlay.png", "segments.json")
+        )
+        job = Job(source, labels, overlay, listing if semantic else None)
+        if not force and any(output.exists() for output in job.outputs):
             kept += 1
         else:
             jobs.append(job)
@@ -156,6 +169,31 @@ def _plan(sources: Sequence[Path], directory: Path, *, force: bool) -> list[Job]
             file=sys.stderr,
         )
     return jobs
+
+
+def _naming(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
+    """The arguments of the pipeline's call that ask for names."""
+    if not options.semantic:
+        return {}
+    from . import semantics
+
+    if pipe.text_encoder is None:
+        raise UsageError(
+            f"--semantic: expected a model with a text encoder, such as --model {loading.STABLE_DIFFUSION}"
+        )
+    names = None if options.labels is None else [name.strip() for name in options.labels.split(",")]
+    if names is None:
+        try:
+            semantics.tagger()
+        except ImportError as error:
+            raise UsageError(f"--semantic: {error}") from error
+    return {
+        "semantic": True,
+        "caption": options.caption,
+        "labels": names,
+        "captioner": options.captioner or semantics.CAPTIONER,
+        "fuse": not options.keep_masks,
+    }
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ many threads: labels are those of one image at a time but for pixels at a tie.
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from . import images, visualize
 
 _PASSES_BEFORE_RECORDING = 3  # of one shape, on a GPU
 _RECORDED_SHAPES = 8
+_WARMUP_OPTIONS = ("threshold", "anchors", "iterations", "rule", "backend", "processing_resolution")
 _FAILURES = (ValueError, OSError)  # of one image; anything else ends the run
 
 
@@ -33,6 +35,11 @@ class Job(NamedTuple):
     source: Path
     labels: Path
     overlay: Path
+    listing: Path | None = None  # of the segments, where they are named
+
+    @property
+    def outputs(self) -> list[Path]:
+        return [path for path in (self.labels, self.overlay, self.listing) if path is not None]
 
 
 class Outcome(NamedTuple):
@@ -48,8 +55,18 @@ class _Item(NamedTuple):
     size: tuple[int, int]  # at which it is processed
 
 
+class _Result(NamedTuple):
+    """Of one image."""
+
+    item: _Item
+    labels: Any = None  # [H, W]
+    caption: str | None = None
+    named: list[dict[str, Any]] | None = None  # the segments, where names were asked for
+    error: Exception | None = None
+
+
 class _Pass(NamedTuple):
-    found: list[tuple[_Item, Any, Outcome]]  # labels [H, W], or None where it failed
+    results: list[_Result]
     seconds: Mapping[str, float]
 
 
@@ -87,14 +104,15 @@ def segment_files(
 
     def finish_passes(left: int) -> None:
         while len(running) > left:
-            found, timings = running.popleft().result()
+            results, timings = running.popleft().result()
             seconds.update(timings)
-            for item, labels, outcome in found:
-                if outcome.error is not None:
-                    end(item.number, outcome)
+            for result in results:
+                number = result.item.number
+                if result.error is not None:
+                    end(number, Outcome(error=result.error))
                 else:
-                    write = writers.submit(_write_both, jobs[item.number], item.picture, labels)
-                    writing.append((item.number, outcome.segments, write))
+                    write = writers.submit(_write, jobs[number], result)
+                    writing.append((number, int(result.labels.max()) + 1, write))
             finish_writes(left=2 * batch_size)
 
     def finish_writes(left: int) -> None:
@@ -106,7 +124,10 @@ def segment_files(
             end(number, Outcome(segments, error))
 
     threads = torch.get_num_threads()
-    pipes = _replicas(pipe, 2 if pipe.device.type == "cpu" and threads > 1 and len(jobs) > batch_size else 1)
+    if options.get("semantic"):  # a batch's names share their numbers
+        batch_size = 1
+    alone = threads == 1 or len(jobs) <= batch_size or options.get("semantic")  # which may load a captioner
+    pipes = _replicas(pipe, 1 if alone or pipe.device.type != "cpu" else 2)
     try:
         with (
             ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as readers,
@@ -187,7 +208,7 @@ def _record_frequent(pipe: Any, batch: list[_Item], options: dict[str, Any], sha
     shapes[shape] += 1
     recorded = sum(number >= _PASSES_BEFORE_RECORDING for number in shapes.values())
     if shapes[shape] == _PASSES_BEFORE_RECORDING and recorded <= _RECORDED_SHAPES:
-        known = {name: value for name, value in options.items() if name not in ("refine", "time_stages")}
+        known = {name: value for name, value in options.items() if name in _WARMUP_OPTIONS}
         pipe.warmup(len(batch), *batch[0].picture.shape[1:], **known)
 
 
@@ -205,27 +226,36 @@ def _segmented(pipe: Any, batch: list[_Item], options: dict[str, Any]) -> _Pass:
         output = pipe([item.picture for item in batch], batch_size=len(batch), **options)
     except _FAILURES as error:
         if len(batch) == 1:
-            return _Pass([(batch[0], None, Outcome(error=error))], {})
+            return _Pass([_Result(batch[0], error=error)], {})
         alone = [_segmented(pipe, [item], options) for item in batch]
         seconds: Counter[str] = Counter()
         for each in alone:
             seconds.update(each.seconds)
-        return _Pass([entry for each in alone for entry in each.found], seconds)
-    outcomes = [Outcome(segments) for segments in output.num_segments]
-    return _Pass(list(zip(batch, output.labels, outcomes, strict=True)), output.timings)
+        return _Pass([result for each in alone for result in each.results], seconds)
+    if output.semantics is None:
+        results = [_Result(item, labels) for item, labels in zip(batch, output.labels, strict=True)]
+    else:
+        results = [
+            _Result(item, found["segmentation"], caption, found["segments_info"])
+            for item, found, caption in zip(batch, output.semantics, output.captions, strict=True)
+        ]
+    return _Pass(results, output.timings)
 
 
-def _write_both(job: Job, picture: Tensor, labels: Any) -> None:
-    """Both files appear only once both are whole."""
+def _write(job: Job, result: _Result) -> None:
+    """The files appear only once all are whole."""
+    overlay = visualize.overlay(images.to_array(result.item.picture), result.labels)
+    if result.named is not None:
+        names = {segment["id"]: segment["label"] for segment in result.named if segment["label"] is not None}
+        overlay = visualize.write_names(overlay, result.labels, names)
     job.labels.parent.mkdir(parents=True, exist_ok=True)
-    pictures = {
-        job.labels: visualize.label_image(labels),
-        job.overlay: Image.fromarray(visualize.overlay(images.to_array(picture), labels)),
-    }
-    whole: dict[Path, Path] = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in pictures}
+    whole = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in job.outputs}
     try:
-        for path, image in pictures.items():
-            image.save(whole[path], format="PNG")
+        visualize.label_image(result.labels).save(whole[job.labels], format="PNG")
+        Image.fromarray(overlay).save(whole[job.overlay], format="PNG")
+        if job.listing is not None:
+            listing = json.dumps({"caption": result.caption, "segments_info": result.named}, indent=1)
+            whole[job.listing].write_text(listing + "\n", encoding="utf-8")
         for path, temporary in whole.items():
             os.replace(temporary, path)
     finally:

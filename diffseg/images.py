@@ -109,6 +109,11 @@ def resize(image: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(image[None], tuple(size), mode="bilinear", align_corners=False, antialias=True)[0]
 
 
+def to_pil(image: Tensor) -> Image.Image:
+    """[3, H, W] in [0, 1] as a PIL image."""
+    return Image.fromarray(to_array(image))
+
+
 def to_array(image: Tensor) -> NDArray[np.uint8]:
     """[3, H, W] in [0, 1] as uint8 [H, W, 3]."""
     array: NDArray[np.uint8] = (image * 255 + 0.5).to(torch.uint8).movedim(0, -1).cpu().numpy()

@@ -108,6 +108,43 @@ def _refine_fake(attention: Tensor, maps: Tensor, counts: Tensor, max_iterations
     return torch.empty_like(maps), torch.empty_like(counts)
 
 
+def _aggregate_cross(
+    queries: list[Tensor],
+    keys: list[Tensor],
+    grids: list[int],
+    scales: list[float],
+    shares: Tensor,
+    size: list[int],
+    backend: str,
+) -> Tensor:
+    first, width = queries[0], max(query.shape[3] for query in queries)
+    run = backends.implementation(
+        backend, "aggregate_cross", first.device, first.dtype, width=width, tokens=shares.shape[2]
+    )
+    return run(queries, keys, _pairs(grids), scales, shares, tuple(size))
+
+
+def _aggregate_cross_fake(
+    queries: list[Tensor],
+    keys: list[Tensor],
+    grids: list[int],
+    scales: list[float],
+    shares: Tensor,
+    size: list[int],
+    backend: str,
+) -> Tensor:
+    return shares.new_empty((*shares.shape[:2], *size), dtype=torch.promote_types(queries[0].dtype, torch.float32))
+
+
+def _score_masks(maps: Tensor, labels: Tensor, masks: int, backend: str) -> Tensor:
+    run = backends.implementation(backend, "score_masks", maps.device, maps.dtype)
+    return run(maps, labels, masks)
+
+
+def _score_masks_fake(maps: Tensor, labels: Tensor, masks: int, backend: str) -> Tensor:
+    return maps.new_empty(maps.shape[0], masks, maps.shape[1])
+
+
 _operator(
     "aggregate(Tensor[] queries, Tensor[] keys, int[] grids, float[] scales, Tensor[]? logsumexps, float[] ratios, "
     "ScalarType dtype, str backend) -> Tensor",
@@ -130,5 +167,12 @@ _operator(
     _refine,
     _refine_fake,
 )
+_operator(
+    "aggregate_cross(Tensor[] queries, Tensor[] keys, int[] grids, float[] scales, Tensor shares, int[] size, "
+    "str backend) -> Tensor",
+    _aggregate_cross,
+    _aggregate_cross_fake,
+)
+_operator("score_masks(Tensor maps, Tensor labels, int masks, str backend) -> Tensor", _score_masks, _score_masks_fake)
 
 ops: Any = torch.ops.diffseg

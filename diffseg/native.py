@@ -34,7 +34,12 @@ def cpu() -> SimpleNamespace:
         _cpu.use_isa(forced)
     kernels = _CpuKernels(_cpu)
     return SimpleNamespace(
-        aggregate=kernels.aggregate, aggregate_maps=kernels.aggregate_maps, merge=kernels.merge, label=kernels.label
+        aggregate=kernels.aggregate,
+        aggregate_maps=kernels.aggregate_maps,
+        merge=kernels.merge,
+        label=kernels.label,
+        aggregate_cross=kernels.aggregate_cross,
+        score_masks=kernels.score_masks,
     )
 
 
@@ -87,10 +92,7 @@ class _CpuKernels:
         ratios: Sequence[float],
         dtype: torch.dtype,
     ) -> Tensor:
-        for layer, tensors in enumerate(zip(queries, keys, strict=True)):
-            # a score of -inf leaves finite attention behind, which the kernel cannot see
-            if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in tensors):
-                raise ValueError(non_finite_attention(layer))
+        _check_finite(queries, keys)
         if logsumexps is not None:
             logsumexps = [logsumexp.float().contiguous() for logsumexp in logsumexps]
         layers = [
@@ -153,6 +155,50 @@ class _CpuKernels:
             torch.get_num_threads(),
         )  # fmt: skip
         return winner
+
+    def aggregate_cross(
+        self,
+        queries: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        grids: Sequence[Grid],
+        scales: Sequence[float],
+        shares: Tensor,
+        size: Grid,
+    ) -> Tensor:
+        _check_finite(queries, keys)
+        shares = shares.contiguous()
+        batch_size, words, tokens = shares.shape
+        layers = [
+            self._module.Layer(
+                queries=self._view(queries[layer]),
+                keys=self._view(keys[layer]),
+                logsumexps=0,
+                heads=queries[layer].shape[1],
+                depth=queries[layer].shape[3],
+                grid=grids[layer],
+                scale=scales[layer],
+                ratio=1.0,
+                number=layer,
+            )
+            for layer in _by_size(grids)
+        ]
+        maps = torch.empty(batch_size, words, *size)
+        bad = self._module.aggregate_cross(
+            layers, batch_size, shares.data_ptr(), words, tokens, size, maps.data_ptr(), torch.get_num_threads()
+        )
+        if bad >= 0:
+            raise ValueError(non_finite_attention(bad))
+        return maps
+
+    def score_masks(self, maps: Tensor, labels: Tensor, masks: int) -> Tensor:
+        maps, labels = maps.contiguous(), labels.contiguous()
+        batch_size, words, *grid = maps.shape
+        scores = torch.empty(batch_size, masks, words)
+        self._module.score_masks(
+            maps.data_ptr(), labels.data_ptr(), scores.data_ptr(), batch_size, words, grid, labels.shape[1:], masks,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return scores
 
     def _view(self, tensor: Tensor) -> Any:
         return self._module.View(tensor.data_ptr(), _name(tensor.dtype), tensor.stride())
@@ -287,6 +333,13 @@ def _rows_of_16_bytes(tensor: Tensor) -> Tensor:
     copy = tensor.new_zeros(*tensor.shape[:3], tensor.shape[3] + -tensor.shape[3] % unit)
     copy[..., : tensor.shape[3]] = tensor
     return copy
+
+
+def _check_finite(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
+    """A score of -inf leaves finite attention behind, which the kernels cannot see."""
+    for layer, tensors in enumerate(zip(queries, keys, strict=True)):
+        if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in tensors):
+            raise ValueError(non_finite_attention(layer))
 
 
 def _by_size(grids: Sequence[Grid]) -> list[int]:

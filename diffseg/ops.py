@@ -91,10 +91,7 @@ def aggregate(
         check_alike(f"queries[{layer}]", query, first)
         check_alike(f"keys[{layer}]", key, first)
     grids = check_grids(grids, [query.shape[2] for query in queries])
-    if scales is None:
-        scales = [query.shape[3] ** -0.5 for query in queries]
-    else:
-        scales = check_numbers("scales", scales, len(queries))
+    scales = _check_scales(scales, queries)
     if logsumexps is not None:
         check_layers("logsumexps", logsumexps, dimensions=("batch", "heads", "n"))
         check_length("logsumexps", logsumexps, len(queries))
@@ -235,6 +232,85 @@ def label(proposals: Proposals, size: Grid, *, backend: str = "auto") -> Tensor:
     return operators.label(proposals.maps, proposals.counts, proposals.grid, size, backend)
 
 
+def aggregate_cross(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    *,
+    tokens: Sequence[Sequence[int]] | Tensor,
+    grids: Sequence[Grid] | None = None,
+    scales: Sequence[float] | None = None,
+    size: Grid | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Aggregates the cross-attention of all layers into one map a word (the paper's equations 7 to 10).
+
+    ``A_c[word] = sum_k upsample(mean_heads softmax(Q_k K_k^T scale_k) shares[word])``, the softmax over all tokens of
+    the text, then divided by its L2 norm over the pixels, as in the published code: words differ by where the
+    image attends to them, not by how much. Each layer counts once; the published demo averages those of a grid first.
+
+    Args:
+        queries: of the image, one tensor a layer, [B, heads, n, d]; float16, bfloat16, float32 or float64.
+        keys: of the text, [B, heads, tokens, d] each.
+        tokens: for each word the indices of its tokens, whose attention is averaged, the same for all images; or the
+            share of each token in each word, a tensor [B or 1, words, tokens] (a row of zeros: an empty map). Indices
+            are copied to the device, for which the host waits; a tensor lets the op be recorded in a graph.
+        grids: (h_k, w_k) of each layer, h_k * w_k = n; None: square.
+        scales: factor of Q K^T of each layer; None: d ** -0.5.
+        size: (H, W) to which the layers are upsampled bilinearly; None: the largest grid.
+        backend: ``"auto"`` or one of :func:`available_backends`.
+
+    Returns:
+        Maps [B, words, H, W], float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    check_layers("queries", queries, dimensions=("batch", "heads", "n", "d"))
+    check_layers("keys", keys, dimensions=("batch", "heads", "tokens", "d"))
+    check_length("keys", keys, len(queries))
+    length = keys[0].shape[2]
+    for layer, (query, key) in enumerate(zip(queries, keys, strict=True)):
+        expected = [query.shape[0], query.shape[1], length, query.shape[3]]
+        if list(key.shape) != expected:
+            raise ValueError(f"keys[{layer}]: expected {expected}, got {list(key.shape)}")
+        check_alike(f"queries[{layer}]", query, queries[0])
+        check_alike(f"keys[{layer}]", key, queries[0])
+    grids = check_grids(grids, [query.shape[2] for query in queries])
+    scales = _check_scales(scales, queries)
+    shares = _token_shares(tokens, len(queries[0]), length, queries[0].device)
+    size = max(grids, key=math.prod) if size is None else check_pair("size", size)
+    check_name(backend)
+    return operators.aggregate_cross(list(queries), list(keys), _flat(grids), scales, shares, size, backend)
+
+
+def score_masks(maps: Tensor, labels: Tensor, *, masks: int | None = None, backend: str = "auto") -> Tensor:
+    """How well each word fits each mask: the mean of its map over the mask's pixels (the paper's equation 11).
+
+    Args:
+        maps: [B, words, h, w] from :func:`aggregate_cross`, float32 or float64; upsampled bilinearly to the labels.
+        labels: int32 [B, H, W], masks 0..S-1, as from :func:`segment`; pixels beyond belong to no mask.
+        masks: S; None: the largest label + 1, for which the host waits for the device.
+        backend: ``"auto"`` or one of :func:`available_backends`.
+
+    Returns:
+        [B, S, words] in the dtype of the maps; a mask without pixels scores 0. The argmax over words is its label.
+    """
+    check_tensor("maps", maps, ("batch", "words", "h", "w"))
+    if maps.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"maps: expected torch.float32 or torch.float64, got {maps.dtype}")
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int32 or labels.ndim != 3 or 0 in labels.shape:
+        raise ValueError(f"labels: expected an int32 tensor [batch, H, W], got {describe(labels)}")
+    if len(labels) != len(maps) or labels.device != maps.device:
+        raise ValueError(
+            f"labels: expected batch {len(maps)} on {maps.device}, as in maps, "
+            f"got batch {len(labels)} on {labels.device}"
+        )
+    masks = int(labels.max()) + 1 if masks is None else masks
+    check_integer("masks", masks, 1)
+    check_name(backend)
+    return operators.score_masks(maps, labels, masks, backend)
+
+
 def segment(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
@@ -329,6 +405,33 @@ def resolve_weights(weights: Weights, grids: Sequence[Grid]) -> list[float]:
             raise ValueError(f"weights: expected no negative share and a positive sum, got {shares}")
     total = sum(shares)
     return [share / total for share in shares]
+
+
+def _token_shares(tokens: Any, batch_size: int, length: int, device: torch.device) -> Tensor:
+    """The share of each token in each word, float32 [B, words, tokens]."""
+    if isinstance(tokens, Tensor):
+        check_tensor("tokens", tokens, ("batch", "words", "tokens"))
+        if tokens.shape[0] not in (1, batch_size) or tokens.shape[2] != length:
+            raise ValueError(f"tokens: expected [{batch_size}, words, {length}], as in keys, got {list(tokens.shape)}")
+        if tokens.device != device:
+            raise ValueError(f"tokens: expected a tensor on {device}, got {tokens.device}")
+        return tokens.float().expand(batch_size, -1, -1)
+    check_sequence("tokens", tokens, "word")
+    shares = torch.zeros(len(tokens), length)
+    for word, indices in enumerate(tokens):
+        check_sequence(f"tokens[{word}]", indices, "token")
+        for index in indices:
+            check_integer(f"tokens[{word}]", index, 0)
+            if index >= length:
+                raise ValueError(f"tokens[{word}]: expected indices from 0 to {length - 1}, got {index}")
+            shares[word, int(index)] += 1 / len(indices)
+    return shares.to(device).expand(batch_size, -1, -1)
+
+
+def _check_scales(scales: Sequence[float] | None, queries: Sequence[Tensor]) -> list[float]:
+    if scales is None:
+        return [query.shape[3] ** -0.5 for query in queries]
+    return check_numbers("scales", scales, len(queries))
 
 
 def _flat(grids: Sequence[Grid]) -> list[int]:

@@ -1,5 +1,6 @@
 """DiffSeg as a diffusers pipeline: images in, label maps out."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from . import backends, ops
+from . import backends, ops, semantics
 from . import images as image_io
 from .capture import AttentionRecord, record_attention
 from .checks import check_integer, check_pair, check_rule, check_thresholds, check_weight_scheme, plain
@@ -53,6 +54,13 @@ class DiffSegOutput(BaseOutput):  # type: ignore[misc]
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds in each stage, over all images; empty unless ``time_stages``."""
 
+    captions: list[str] | None = None
+    """The text that each image was shown with, where names were asked for."""
+
+    semantics: list[dict[str, Any]] | None = None
+    """Where names were asked for, segments as transformers returns them: ``segmentation``, of the type of ``labels``,
+    and ``segments_info``, a list of ``id``, ``label_id``, ``label``, ``score`` and ``was_fused``."""
+
 
 class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
     """Segments images from the self-attention of one UNet pass (arXiv 2308.12469).
@@ -89,6 +97,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         self._recordings = Recordings()
         self._fused = False
         self._compiled: tuple[Callable[[Tensor], Tensor], Any] | None = None
+        self._captioner: semantics.ModelCaptioner | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "DiffSegPipeline":
@@ -144,8 +153,16 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         return_dict: bool = True,
         backend: str = "auto",
         time_stages: bool = False,
+        semantic: bool = False,
+        caption: Union[str, Sequence[str], None] = None,  # noqa: UP007
+        labels: Union[Sequence[str], None] = None,  # noqa: UP007
+        captioner: Union[str, semantics.Captioner] = semantics.CAPTIONER,  # noqa: UP007
+        fuse: bool = True,
     ) -> Union[DiffSegOutput, tuple[Any, ...]]:  # noqa: UP007
         """Segments one image or several.
+
+        ``semantic=True`` names the segments (the paper's appendix 8.7): a second pass of the UNet, with a caption
+        instead of the empty prompt, gives the cross-attention; it changes no mask.
 
         Args:
             image: a path, PIL image, array [H, W, C] or tensor [C, H, W] (uint8, uint16, or floats in [0, 1]), or a
@@ -162,15 +179,27 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             output_type: ``"np"``, int32 arrays; ``"pt"``, int32 tensors; ``"pil"``, palette images.
             return_dict: return a :class:`DiffSegOutput`, else its fields as a tuple.
             time_stages: wait for the device after each stage and report seconds in ``timings``.
+            semantic: name the segments by the nouns of a caption; fills ``captions`` and ``semantics``.
+            caption: the caption, or one an image; None: the captioner writes it.
+            labels: the names to choose from, instead of nouns. Without a ``caption`` they are the text; with one they
+                must stand in it.
+            captioner: name of an image-to-text model of transformers, loaded when it is first needed; or a function
+                from PIL images to captions.
+            fuse: make one segment of the masks that get the same name.
 
         Raises:
             ValueError, TypeError: on bad input, before any work; ValueError if the attention is not finite.
+            ImportError: nouns are needed, and HanTa (``diffseg[semantic]``) is not installed.
         """
         if output_type not in ("np", "pt", "pil"):
             raise ValueError(f"output_type: expected 'np', 'pt' or 'pil', got {output_type!r}")
         check_integer("batch_size", batch_size, 1)
         options = self._options(threshold, anchors, iterations, rule, weights, timestep, backend)
         given = image_io.as_list(image)
+        if semantic:
+            captions, labels = semantics.check_request(self.text_encoder, caption, labels, captioner, len(given))
+        elif caption is not None or labels is not None:
+            raise ValueError(f"{'labels' if caption is None else 'caption'}: expected semantic=True with it")
         if not given:
             raise ValueError("image: expected at least one image, got an empty list")
         pictures = [
@@ -179,7 +208,12 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         sizes = [self._processed_size((each.shape[1], each.shape[2]), processing_resolution) for each in pictures]
 
         clock = _StageClock(self._execution_device if time_stages else None)
-        labels: dict[int, Tensor] = {}
+        if semantic:
+            with clock("caption"):
+                if captions is None and labels is None:
+                    captions = self._captions(pictures, captioner, batch_size)
+                prompts = semantics.prompts(captions, labels, len(pictures))
+        found_labels: dict[int, Tensor] = {}
         counts: dict[int, int] = {}
         with self.progress_bar(total=len(pictures)) as progress, lock_of(self.unet):
             for batch in _batches(sizes, batch_size):
@@ -187,21 +221,28 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                 targets = [tuple(pictures[i].shape[1:]) if match_input_resolution else size for i in batch]
                 found = self._segment([pictures[i] for i in batch], size, targets, options, refine, clock)
                 if output_type == "pt":
-                    labels.update((i, each.clone()) for i, each in zip(batch, found.labels, strict=True))
+                    found_labels.update((i, each.clone()) for i, each in zip(batch, found.labels, strict=True))
                     (segments,) = download([found.segments])
                 else:
                     *arrived, segments = download([*found.labels, found.segments])
-                    labels.update(zip(batch, arrived, strict=True))
+                    found_labels.update(zip(batch, arrived, strict=True))
                 counts.update(zip(batch, segments.tolist(), strict=True))
                 if overflown := [i for i in batch if counts[i] == 0]:
                     raise ValueError(_overflow(overflown))
                 progress.update(len(batch))
+            ordered = [found_labels[i] for i in range(len(pictures))]
+            named = None
+            if semantic:
+                named = self._named(pictures, sizes, ordered, prompts, batch_size, options, fuse, clock)
             self.maybe_free_model_hooks()
 
         output = DiffSegOutput(
-            labels=[_converted(labels[i], output_type) for i in range(len(pictures))],
+            labels=[_converted(each, output_type) for each in ordered],
             num_segments=[counts[i] for i in range(len(pictures))],
             timings=clock.seconds,
+            captions=[prompt.text for prompt in prompts] if semantic else None,
+            semantics=named
+            and [{"segmentation": _converted(each, output_type), "segments_info": infos} for each, infos in named],
         )
         return output if return_dict else output.to_tuple()
 
@@ -434,6 +475,62 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         encoded = self.vae.encode(pixels.to(self.vae.dtype))
         latents = encoded.latents if "latents" in encoded else encoded.latent_dist.mean
         return (latents * self.vae.config.scaling_factor).to(self.unet.dtype)
+
+    def _captions(self, pictures: list[Tensor], captioner: Any, batch_size: int) -> list[str]:
+        """A caption an image, from a function or from the model of that name, which is kept."""
+        if isinstance(captioner, str):
+            if self._captioner is None or self._captioner.name != captioner:
+                self._captioner = semantics.ModelCaptioner(captioner, self._execution_device, self.unet.dtype)
+            self._captioner.model.to(self._execution_device)
+            captioner = self._captioner
+        captions: list[str] = []
+        for start in range(0, len(pictures), batch_size):
+            some = [image_io.to_pil(each) for each in pictures[start : start + batch_size]]
+            captions += semantics.checked_captions(captioner(some), len(some))
+        return captions
+
+    def _named(
+        self,
+        pictures: list[Tensor],
+        sizes: list[Grid],
+        labels: list[Tensor],
+        prompts: list[semantics.Prompt],
+        batch_size: int,
+        options: Options,
+        fuse: bool,
+        clock: "_StageClock",
+    ) -> list[Any]:
+        """The segments of each image, named, from a second pass over those in whose text there is a name."""
+        encoded = [semantics.encode(self.tokenizer, prompt) for prompt in prompts]
+        names = dict.fromkeys(name for prompt in prompts for name in prompt.names)
+        label_ids = {name: number for number, name in enumerate(names)}
+        scores = [torch.empty(int(each.max()) + 1, 0) for each in labels]
+        with clock("semantic"):
+            for batch in _batches(sizes, batch_size):
+                shown = [i for i in batch if encoded[i].names]
+                if not shown:
+                    continue
+                size = sizes[batch[0]]
+                latents = self._latents(self._uploaded([pictures[i] for i in shown], size))
+                maps = semantics.name_maps(
+                    self.unet,
+                    self.text_encoder,
+                    latents,
+                    [encoded[i] for i in shown],
+                    options.timestep,
+                    size,
+                    options.backend,
+                )
+                for i, image_maps in zip(shown, maps, strict=True):
+                    masks = labels[i][None].to(maps.device)
+                    found = ops.score_masks(image_maps[None], masks, masks=len(scores[i]), backend=options.backend)
+                    scores[i] = found[0].cpu() * math.sqrt(size[0] * size[1])  # 1: as with even attention
+                if overflown := [i for i in shown if not bool(scores[i].isfinite().all())]:
+                    raise ValueError(_overflow(overflown))
+        return [
+            semantics.named_segments(each, scores[i], list(encoded[i].names), label_ids, fuse=fuse)
+            for i, each in enumerate(labels)
+        ]
 
     def _context(self, batch_size: int, device: Union[torch.device, None] = None) -> Tensor:  # noqa: UP007
         """The empty prompt's embedding [B, tokens, channels], computed once; zeros for a UNet in pixel space."""

@@ -21,6 +21,7 @@ SMALLEST_PROBABILITY = 1e-30
 
 _ROWS_AT_ONCE = 2048  # rows of A_f whose logarithms exist at one time
 _PROPOSALS_AT_ONCE = 16  # proposals that are upsampled at one time
+_PIXELS_AT_ONCE = 65536  # pixels whose membership in all masks exists at one time
 _LARGEST_DEVICE_WALK = 1024  # proposals: beyond it (anchors > 32) the greedy walk is taken to the host
 
 
@@ -86,6 +87,33 @@ def _aggregate(layer_map, batch_size, device, grids, ratios, compute, dtype) -> 
                 total += upsampled[row[:, None], column]
         attention[item] = total.view(cells, cells)
     return attention
+
+
+def aggregate_cross(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    grids: Sequence[Grid],
+    scales: Sequence[float],
+    shares: Tensor,
+    size: Grid,
+) -> Tensor:
+    """Maps of words [B, W, *size], each of norm 1, from queries [B, heads, n, d] and keys [B, heads, tokens, d].
+
+    ``shares`` [B, W, tokens] says how much of each token makes a word.
+    """
+    compute = _compute_dtype(queries[0].dtype)
+    shares = shares.to(compute)
+    total = torch.zeros(*shares.shape[:2], *size, dtype=compute, device=shares.device)
+    for layer, (query, key, grid, scale) in enumerate(zip(queries, keys, grids, scales, strict=True)):
+        _check_finite(layer, query, key)
+        tokens = query.new_zeros(len(query), query.shape[2], key.shape[2], dtype=compute)
+        for head in range(query.shape[1]):
+            scores = query[:, head].to(compute) * scale @ key[:, head].to(compute).mT
+            tokens += scores.softmax(-1)
+        words = shares @ tokens.mT / query.shape[1]
+        _check_finite(layer, words)
+        total += F.interpolate(words.unflatten(-1, grid), size, mode="bilinear", align_corners=False)
+    return total / torch.linalg.vector_norm(total, dim=(2, 3), keepdim=True).clamp_min(SMALLEST_PROBABILITY)
 
 
 def _check_finite(layer: int, *tensors: Tensor) -> None:
@@ -262,6 +290,30 @@ def label(maps: Tensor, counts: Tensor, grid: Grid, size: Grid) -> Tensor:
         best = torch.where(better, value, best)
         winner = torch.where(better, (index + start).to(torch.int32), winner)
     return winner
+
+
+def score_masks(maps: Tensor, labels: Tensor, masks: int) -> Tensor:
+    """Means [B, masks, W] of maps [B, W, h, w], upsampled, over the pixels of each label of [B, H, W]; 0 over none."""
+    compute = _compute_dtype(maps.dtype)
+    down = _interpolation(maps.shape[2], labels.shape[1], maps.device, compute)
+    across = _interpolation(maps.shape[3], labels.shape[2], maps.device, compute)
+    index = torch.arange(masks, device=maps.device)[:, None]
+    sums = torch.zeros(len(maps), masks, maps.shape[1], dtype=compute, device=maps.device)
+    pixels = torch.zeros(len(maps), masks, 1, dtype=compute, device=maps.device)
+    lines = max(1, _PIXELS_AT_ONCE // labels.shape[2])
+    for item, image in enumerate(maps.to(compute)):
+        for start in range(0, labels.shape[1], lines):
+            values = down[start : start + lines] @ image @ across.T
+            members = (labels[item, start : start + lines].reshape(-1) == index).to(compute)
+            sums[item] += members @ values.flatten(1).T
+            pixels[item] += members.sum(-1, keepdim=True)
+    return sums / pixels.clamp_min(1)
+
+
+def _interpolation(cells: int, pixels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Weights [pixels, cells] of bilinear upsampling along one axis."""
+    identity = torch.eye(cells, dtype=dtype, device=device)[None]
+    return F.interpolate(identity, pixels, mode="linear", align_corners=False)[0].T
 
 
 def _compute_dtype(dtype: torch.dtype, *tensors: Tensor) -> torch.dtype:

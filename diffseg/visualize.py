@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 LARGEST_PALETTE = 256
 
@@ -49,6 +49,29 @@ def overlay(image: NDArray[np.uint8], labels: NDArray[np.integer[Any]], opacity:
     blended[_grown(line)] = 0
     blended[line] = 255
     return (blended + 0.5).astype(np.uint8)
+
+
+def write_names(
+    image: NDArray[np.uint8], labels: NDArray[np.integer[Any]], names: Mapping[int, str]
+) -> NDArray[np.uint8]:
+    """The image [H, W, 3] with names written inside their segments of ``labels`` [H, W], uint8 [H, W, 3]."""
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=max(10.0, min(labels.shape) / 24))
+    for segment, name in names.items():
+        row, column = _inside(labels == segment)
+        draw.text((column, row), name, fill="white", font=font, anchor="mm", stroke_width=2, stroke_fill="black")
+    return np.asarray(picture)
+
+
+def _inside(mask: NDArray[np.bool_]) -> tuple[int, int]:
+    """A pixel well within a mask: the middle of the longest run in its middle row."""
+    rows = np.flatnonzero(mask.any(1))
+    row = int(rows[np.searchsorted(np.cumsum(mask[rows].sum(1)), mask.sum() / 2)])
+    edges = np.flatnonzero(np.diff(mask[row], prepend=False, append=False))
+    starts, stops = edges[::2], edges[1::2]
+    longest = int((stops - starts).argmax())
+    return row, int(starts[longest] + stops[longest]) // 2
 
 
 def coloured(labels: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:

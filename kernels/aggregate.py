@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OTHER, Config, choose, dot, exact_precision, integers_on_device, launch
+from .launch import OTHER, Config, choose, integers_on_device, launch
+from .products import common_unit, product_constants, tile_scores
 from .sampling import taps
 
 Grid = tuple[int, int]
@@ -189,36 +190,20 @@ def _upsampling_weights(grid: Grid, output: Grid, device: torch.device) -> Tenso
     return (weights(grid[0], output[0])[:, None] * weights(grid[1], output[1])).flatten()
 
 
-def _unit(tensors: Sequence[Tensor]) -> int:
-    """Elements of which all addresses and outer strides are multiples: 16 bytes of them, as one load takes, or 1."""
-    unit = 16 // tensors[0].element_size()
-    aligned = all(
-        tensor.data_ptr() % 16 == 0 and tensor.stride(-1) == 1 and not any(s % unit for s in tensor.stride()[:-1])
-        for tensor in tensors
-    )
-    return unit if aligned else 1
-
-
 def _products(
     group: _Group, queries: Sequence[Tensor], keys: Sequence[Tensor], rows: Sequence[Tensor]
 ) -> dict[str, Any]:
     """The arguments that :func:`_tiles_kernel` and :func:`_logsumexps_kernel` share."""
     layer = group.layers[0]
     query, key, row = queries[layer], keys[layer], rows[layer]
-    width = query.shape[3]
-    head = 1 << (width.bit_length() - 1)  # the largest power of two within the width; the rest is the tail
-    tail = 0 if head == width else max(16, triton.next_power_of_2(width - head))
-    if head < 16 or tail == head:
-        head, tail = max(16, triton.next_power_of_2(width)), 0
-    unit = _unit([each[layer] for each in (queries, keys) for layer in group.layers])
+    unit = common_unit([each[layer] for each in (queries, keys) for layer in group.layers])
     q, k, r = query.stride(), key.stride(), row.stride()
     return {
         "query": query, "row": row, "heads": query.shape[1], "cells": _cells(group.grid),
         "stride_qb": q[0] // unit, "stride_qh": q[1] // unit, "stride_qn": q[2] // unit, "stride_qd": q[3],
         "stride_kb": k[0] // unit, "stride_kh": k[1] // unit, "stride_kn": k[2] // unit, "stride_kd": k[3],
         "stride_rb": r[0], "stride_rh": r[1], "stride_rn": r[2],
-        "WIDTH": width, "HEAD": head, "TAIL": tail, "CHUNK": 16 if query.dtype == torch.float32 else 128, "UNIT": unit,
-        "PRECISION": exact_precision() if query.dtype == torch.float32 else None,
+        "UNIT": unit, **product_constants(query),
     }  # fmt: skip
 
 
@@ -296,7 +281,7 @@ def _sum_rows(
     out = attention if full else staged.of(group.grid)
     batch_size, cells, _ = out.shape
     weights = None if full else _upsampling_weights(group.grid, output, out.device)
-    unit = _unit([maps[layer] for layer in group.layers])
+    unit = common_unit([maps[layer] for layer in group.layers])
     block = min(triton.next_power_of_2(cells), _LARGEST_ROW)
     config = Config({"BLOCK": block}, num_warps=max(1, block // 256), num_stages=1)
     launch(
@@ -330,49 +315,6 @@ def _layer(table, layer, like, UNIT: tl.constexpr):
     low = floats.to(tl.int32).to(tl.float32, bitcast=True)
     high = (floats >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     return first, second, third, low, high
-
-
-@triton.jit
-def _operand(
-    base,
-    index,
-    limit,
-    stride_n,
-    stride_d,
-    UNIT: tl.constexpr,
-    START: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Channels START to START + SIZE of rows ``index``, zeros outside."""
-    channel = START + tl.arange(0, SIZE)
-    return tl.load(
-        base + index.to(tl.int64)[:, None] * stride_n * UNIT + channel[None, :] * stride_d,
-        mask=(index[:, None] < limit) & (channel[None, :] < WIDTH),
-        other=0.0,
-    )
-
-
-@triton.jit
-def _scores(
-    query, key, row, column, cells, stride_qn, stride_qd, stride_kn, stride_kd, UNIT: tl.constexpr, WIDTH: tl.constexpr,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Q K^T of a tile. The width is cut in two powers of two, so that 40 channels cost 48 and not 64."""
-    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    size: tl.constexpr = min(HEAD, CHUNK)
-    for start in tl.static_range(0, HEAD, size):
-        q = _operand(query, row, cells, stride_qn, stride_qd, UNIT, start, size, WIDTH)
-        k = _operand(key, column, cells, stride_kn, stride_kd, UNIT, start, size, WIDTH)
-        scores = dot(q, k.T, scores, PRECISION)
-    if TAIL > 0:
-        rest: tl.constexpr = min(TAIL, CHUNK)
-        for start in tl.static_range(HEAD, HEAD + TAIL, rest):
-            q = _operand(query, row, cells, stride_qn, stride_qd, UNIT, start, rest, WIDTH)
-            k = _operand(key, column, cells, stride_kn, stride_kd, UNIT, start, rest, WIDTH)
-            scores = dot(q, k.T, scores, PRECISION)
-    return scores
 
 
 @triton.jit
@@ -425,8 +367,8 @@ def _logsumexps_kernel(
     mass = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, cells, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        scores = _scores(
-            q, k, index, column, cells, stride_qn, stride_qd, stride_kn, stride_kd,
+        scores = tile_scores(
+            q, k, index, column, cells, cells, stride_qn, stride_qd, stride_kn, stride_kd,
             UNIT, WIDTH, HEAD, TAIL, CHUNK, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         scores = tl.where(column[None, :] < cells, scores * scale, float("-inf"))
@@ -481,8 +423,8 @@ def _tiles_kernel(
         source = row_address.to(row.dtype) + batch * stride_rb + index.to(tl.int64) * stride_rn
         for _ in range(heads):
             logsumexp = tl.load(source, mask=index < cells, other=0.0)
-            scores = _scores(
-                q, k, index, column, cells, stride_qn, stride_qd, stride_kn, stride_kd,
+            scores = tile_scores(
+                q, k, index, column, cells, cells, stride_qn, stride_qd, stride_kn, stride_kd,
                 UNIT, WIDTH, HEAD, TAIL, CHUNK, PRECISION, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             total += tl.exp2(scores * scale - (logsumexp * 1.4426950408889634 - offset)[:, None])

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .. import ops
-from . import aggregate, label, launch, merge
+from . import aggregate, cross, label, launch, merge
 
 Grid = tuple[int, int]
 
@@ -62,6 +62,9 @@ NETWORKS = {
     ),
     "SDXL at 1024": Network(((10, (64, 64), 10, 64), (60, (32, 32), 20, 64)), (1024, 1024)),
 }
+
+
+_TOKENS = 77  # of CLIP's text
 
 
 class Compiled(NamedTuple):
@@ -112,6 +115,23 @@ def record_maps(network: Network, dtype: torch.dtype, target: Target) -> list[la
     return launches
 
 
+def record_cross(network: Network, dtype: torch.dtype, target: Target) -> list[launch.Launch]:
+    """The launches that name the masks of one image: ``aggregate_cross`` of five words, and ``score_masks``."""
+    queries, keys, grids = [], [], []
+    for number, grid, heads, width in network.layers:
+        for tensors, length in ((queries, grid[0] * grid[1]), (keys, _TOKENS)):
+            layer = torch.empty(1, length, heads, width, dtype=dtype, device="meta").transpose(1, 2)
+            tensors += [layer] * number
+        grids += [grid] * number
+    shares = torch.empty(1, 5, _TOKENS, device="meta")
+    labels = torch.empty(1, *network.size, dtype=torch.int32, device="meta")
+    scales = [query.shape[3] ** -0.5 for query in queries]
+    with launch.recording(target.generation, hip=target.gpu.backend == "hip") as launches:
+        maps = cross.aggregate_cross(queries, keys, grids, scales, shares, network.size)
+        cross.score_masks(maps, labels, 256)
+    return launches
+
+
 def compile_launches(launches: Sequence[launch.Launch], target: Target) -> Iterator[Compiled]:
     """Compiles each distinct launch once."""
     seen = set()
@@ -129,7 +149,8 @@ def compile_launches(launches: Sequence[launch.Launch], target: Target) -> Itera
 
 
 _SIZES = (
-    "BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_P", "BLOCK_F", "WIDTH", "HEAD", "TAIL", "GRIDS", "LAYERS", "LENGTH"
+    "BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_P", "BLOCK_F", "WIDTH", "HEAD", "TAIL", "GRIDS", "LAYERS", "LENGTH",
+    "TOKENS",
 )  # fmt: skip
 _POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.int32: "*i32",
@@ -199,6 +220,7 @@ def report(targets: Sequence[str], networks: Sequence[str], dtypes: Sequence[tor
                 launches += record(NETWORKS[network], dtype, True, target)
                 launches += record(NETWORKS[network], dtype, False, target, anchors=32)
                 launches += record_maps(NETWORKS[network], dtype, target)
+                launches += record_cross(NETWORKS[network], dtype, target)
         for each in compile_launches(launches, target):
             tile = " ".join(f"{key.removeprefix('BLOCK_')}={value}" for key, value in each.tile.items())
             line = f"{name:8}{each.name:24}{tile:44}{each.config.num_warps:6}{each.config.num_stages:7}"

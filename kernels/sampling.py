@@ -8,7 +8,12 @@ import triton.language as tl
 
 @triton.jit
 def taps(position, small, large):
-    """The two cells that bilinear upsampling from ``small`` to ``large`` cells reads, and the second one's weight."""
-    source = tl.maximum((position.to(tl.float32) + 0.5) * (small * 1.0 / large) - 0.5, 0.0)
-    first = tl.minimum(source.to(tl.int32), small - 1)
-    return first, tl.minimum(first + 1, small - 1), source - first.to(tl.float32)
+    """The two cells that bilinear upsampling from ``small`` to ``large`` cells reads, and the second one's weight.
+
+    In whole numbers up to the last division: where a weight is 0 or nearly so, its rounding error would weigh a large
+    neighbour.
+    """
+    unit = 2 * large
+    source = tl.maximum((2 * position + 1) * small - large, 0)
+    first = tl.minimum(source // unit, small - 1)
+    return first, tl.minimum(first + 1, small - 1), (source - first * unit).to(tl.float32) / unit

@@ -70,8 +70,8 @@ def forward(unet: Any, inputs: dict[str, Any]) -> Tensor:
     return output
 
 
-def recorded(unet: Any, inputs: dict[str, Any]) -> tuple[AttentionRecord, Tensor]:
-    with record_attention(unet) as record:
+def recorded(unet: Any, inputs: dict[str, Any], **options: Any) -> tuple[AttentionRecord, Tensor]:
+    with record_attention(unet, **options) as record:
         output = forward(unet, inputs)
     return record, output
 
@@ -84,8 +84,8 @@ def record_maps(record: AttentionRecord) -> list[Tensor]:
     ]
 
 
-def eager_maps(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Attention probabilities [B * heads, n, n] by path, in the order of diffusers' eager processors."""
+def eager_maps(unet: UNet2DConditionModel, inputs: dict[str, Any], cross: bool = False) -> dict[str, Tensor]:
+    """Attention probabilities [B * heads, n, n or tokens] by path, in the order of diffusers' eager processors."""
     maps: dict[str, Tensor] = {}
 
     def spy(name: str, score: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -99,7 +99,7 @@ def eager_maps(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> dict[str, 
     own = unet.attn_processors
     with pytest.MonkeyPatch.context() as patch:
         for name, module in unet.named_modules():
-            if isinstance(module, Attention) and not module.is_cross_attention:
+            if isinstance(module, Attention) and module.is_cross_attention == cross:
                 patch.setattr(module, "get_attention_scores", spy(name, module.get_attention_scores))
         if not all(type(each) is AttnProcessor for each in own.values()):
             unet.set_attn_processor(AttnProcessor())
@@ -173,6 +173,55 @@ def test_cross_attention_keeps_its_processors_and_all_come_back() -> None:
         replaced = {name for name in own if during[name] is not own[name]}
         assert replaced == {name for name in own if ".attn1." in name}
     assert_same_processors(unet, own)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("layout", "size"), [("sd1", (20, 12)), ("sd2", (13, 7)), ("sdxl", (16, 16))])
+def test_cross_record_is_what_the_model_attends_to(layout: Any, size: tuple[int, int], fused: bool) -> None:
+    unet = tiny_unet(layout)
+    inputs = unet_inputs(unet, 2, *size)
+    expected = eager_maps(unet, inputs, cross=True)
+    if fused:
+        unet.fuse_qkv_projections()
+    own, plain = unet.attn_processors, forward(unet, inputs)
+
+    record, output = recorded(unet, inputs, cross=True)
+
+    assert torch.equal(output, plain)
+    assert_same_processors(unet, own)
+    assert record.names == list(expected)
+    assert all(".attn2" in name for name in record.names)
+    assert {key.shape[2] for key in record.keys} == {inputs["encoder_hidden_states"].shape[1]}
+    for (height, width), found, probabilities in zip(record.grids, record_maps(record), expected.values(), strict=True):
+        assert found.shape[2] == height * width
+        torch.testing.assert_close(found.flatten(0, 1).float(), probabilities, rtol=1e-3, atol=1e-6)
+    assert_logsumexps(record, 2e-5)
+
+
+def test_both_kinds_at_once_are_as_each_alone() -> None:
+    unet = shared_unet("sd2")
+    inputs = unet_inputs(unet, 1, 8, 8)
+    alone = [recorded(unet, inputs, cross=cross)[0] for cross in (False, True)]
+    with record_attention(unet) as first, record_attention(unet, cross=True) as second:
+        forward(unet, inputs)
+    for found, expected in zip((first, second), alone, strict=True):
+        assert found.names == expected.names
+        for one, other in zip(found.queries + found.keys, expected.queries + expected.keys, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_cross_attention_with_a_norm_of_its_own() -> None:
+    unet = tiny_unet("sd2", **TWO_LEVELS)
+    for module in unet.modules():
+        if isinstance(module, Attention) and module.is_cross_attention:
+            module.norm_cross = torch.nn.LayerNorm(32)
+            torch.nn.init.normal_(module.norm_cross.weight)
+    inputs = unet_inputs(unet, 1, 8, 8)
+    expected = eager_maps(unet, inputs, cross=True)
+    record, output = recorded(unet, inputs, cross=True)
+    assert torch.equal(output, forward(unet, inputs))
+    for found, probabilities in zip(record_maps(record), expected.values(), strict=True):
+        torch.testing.assert_close(found.flatten(0, 1).float(), probabilities, rtol=1e-3, atol=1e-6)
 
 
 def test_after_an_exception_processors_come_back_and_the_record_stays() -> None:
@@ -593,6 +642,13 @@ def test_self_attention_to_something_else_is_refused() -> None:
         recorded(unet, unet_inputs(unet, 1, 8, 8))
 
 
+def test_cross_attention_without_a_text_is_refused() -> None:
+    unet = tiny_unet("sd2", **TWO_LEVELS)
+    inputs = {**unet_inputs(unet, 1, 8, 8), "encoder_hidden_states": None}
+    with pytest.raises(ValueError, match=r"encoder_hidden_states: expected a tensor in the cross-attention down_bl"):
+        recorded(unet, inputs, cross=True)
+
+
 class SubclassedProcessor(AttnProcessor2_0):
     pass
 
@@ -639,8 +695,12 @@ def test_no_self_attention() -> None:
         up_block_types=("UpBlock2D",) * 4,
         mid_block_type="UNetMidBlock2D",
     )
-    with pytest.raises(ValueError, match=r"unet: expected self-attention .* found none"), record_attention(unet):
-        pass
+    for cross, kind in ((False, "self"), (True, "cross")):
+        with (
+            pytest.raises(ValueError, match=rf"unet: expected {kind}-attention .* found none"),
+            record_attention(unet, cross=cross),
+        ):
+            pass
 
 
 def test_tiny_unet_follows_from_its_seed_alone() -> None:
@@ -704,12 +764,13 @@ def test_logsumexp_on_a_gpu(backend: SDPBackend | None, dtype: torch.dtype) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("layout", ["sd1", "sd2", "sdxl"])
-def test_record_on_a_gpu(layout: Any) -> None:
+def test_record_on_a_gpu(layout: Any, cross: bool) -> None:
     unet = tiny_unet(layout, dtype=torch.float16).cuda()
     inputs = unet_inputs(unet, 2, 32, 24)
     plain = forward(unet, inputs)
-    record, output = recorded(unet, inputs)
+    record, output = recorded(unet, inputs, cross=cross)
     torch.testing.assert_close(output, plain, rtol=0, atol=1e-2)
     for query, key, scale, logsumexp in zip(
         record.queries, record.keys, record.scales, record.logsumexps or [], strict=True

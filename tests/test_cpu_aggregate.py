@@ -68,6 +68,18 @@ def test_depths_and_scales(isa, depth):
     assert_same_attention(diffseg.aggregate([queries], [keys], scales=[0.3], backend="cpu"), expected)
 
 
+def test_a_tap_of_no_weight_adds_nothing(isa):
+    """At some pixels of 13 a tap on 7 cells weighs exactly 0; rounded, it would show beside a much larger neighbour."""
+    generator = torch.Generator().manual_seed(2)
+    queries, keys = ([torch.randn(1, 2, n, 16, generator=generator) * 4 for n in (7, 13)] for _ in range(2))
+    grids = [(1, 7), (1, 13)]
+    expected = oracle(queries, keys, grids)
+    assert_same_attention(diffseg.aggregate(queries, keys, grids=grids, backend="cpu"), expected)
+    maps = [torch.softmax(scores(query, key), -1).float() for query, key in zip(queries, keys, strict=True)]
+    expected = diffseg.aggregate_maps([each.double() for each in maps], grids=grids, dtype=torch.float64)
+    assert_same_attention(diffseg.aggregate_maps(maps, grids=grids, backend="cpu"), expected)
+
+
 def test_strided_inputs(isa):
     queries, keys, grids = layers("wide", batch=2)
     strided = [

@@ -117,7 +117,7 @@ def test_a_failure_takes_no_other_image_with_it(pipe, jobs, monkeypatch):
 
 
 def test_other_errors_end_the_run(pipe, jobs, monkeypatch):
-    monkeypatch.setattr(folder, "_write_both", lambda *_: 1 / 0)
+    monkeypatch.setattr(folder, "_write", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         folder.segment_files(pipe, jobs, {})
 
@@ -125,7 +125,7 @@ def test_other_errors_end_the_run(pipe, jobs, monkeypatch):
 def test_decoding_and_writing_run_beside_the_network(pipe, jobs, monkeypatch):
     """The network's first pass ends only when the second image is decoded, its third only when one is written."""
     decoded, written = threading.Semaphore(0), threading.Semaphore(0)
-    read, write, call = images.to_tensor, folder._write_both, DiffSegPipeline.__call__
+    read, write, call = images.to_tensor, folder._write, DiffSegPipeline.__call__
     passes, waits = [], []
 
     def reading(*arguments):
@@ -147,7 +147,7 @@ def test_decoding_and_writing_run_beside_the_network(pipe, jobs, monkeypatch):
         return call(self, pictures, **options)
 
     monkeypatch.setattr(images, "to_tensor", reading)
-    monkeypatch.setattr(folder, "_write_both", writing)
+    monkeypatch.setattr(folder, "_write", writing)
     monkeypatch.setattr(DiffSegPipeline, "__call__", passing)
     folder.segment_files(pipe, jobs, {})
     assert waits == [True, True]

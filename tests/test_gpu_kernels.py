@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import diffseg
+from diffseg.backends import BACKENDS
 
 pytestmark = pytest.mark.gpu
 
@@ -251,6 +252,56 @@ def test_memory_beyond_the_attention_is_small(backend: str) -> None:
     segment(scene, backend)
     attention = 4096 * 4096 * 4
     assert torch.cuda.max_memory_allocated() - before - attention < 32 * 2**20
+
+
+WORDS = [[1], [2, 3], [7], [75, 76]]
+
+
+@pytest.fixture
+def cross_backend(backend: str) -> str:
+    if "aggregate_cross" not in BACKENDS[backend].dtypes:
+        pytest.skip(f"{backend} leaves cross-attention to others")
+    return backend
+
+
+def make_text(scene: Scene, tokens: int = 77) -> list[Tensor]:
+    """Keys of a text for the queries of a scene, laid out as projections are."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    shapes = [(query.shape[0], tokens, query.shape[1], query.shape[3]) for query in scene.queries]
+    keys = [torch.randn(shape, generator=generator, device="cuda").transpose(1, 2) for shape in shapes]
+    return [key.to(query) for key, query in zip(keys, scene.queries, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_cross_attention_meets_the_contract(network: str, dtype: torch.dtype, cross_backend: str) -> None:
+    scene = make_scene(network, batch=2, dtype=dtype)
+    text, options = make_text(scene), {"tokens": WORDS, "grids": scene.grids, "size": scene.size}
+    found = diffseg.aggregate_cross(scene.queries, text, backend=cross_backend, **options)
+    wide = [[each.double() for each in tensors] for tensors in (scene.queries, text)]
+    expected = diffseg.aggregate_cross(*wide, backend="reference", **options)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
+    labels = segment(scene, cross_backend)
+    scores = diffseg.score_masks(found, labels, backend=cross_backend)
+    expected = diffseg.score_masks(expected, labels, backend="reference")
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_cross_attention_never_waits_and_has_the_same_bits_again(cross_backend: str) -> None:
+    scene = make_scene("SD 1.4")
+    text, labels = make_text(scene), segment(scene, cross_backend)
+    shares = torch.eye(5, 77, device="cuda")[None]
+
+    def run() -> tuple[Tensor, Tensor]:
+        maps = diffseg.aggregate_cross(
+            scene.queries, text, tokens=shares, grids=scene.grids, size=scene.size, backend=cross_backend
+        )
+        return maps, diffseg.score_masks(maps, labels, masks=256, backend=cross_backend)
+
+    first = run()
+    with no_waiting():
+        second = run()
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 def test_offsets_beyond_32_bits(backend: str) -> None:

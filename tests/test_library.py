@@ -29,6 +29,9 @@ def test_operators_pass_opcheck(backend):
     operators = torch.ops.diffseg
     attention = operators.aggregate(queries, keys, flat, [0.5, 0.5], None, ratios, dtype, backend)
     maps, counts = operators.merge(attention, [8, 6], [0, 7, 21, 40], [0.3, 0.3], "paper", backend)
+    texts, shares = [key[:, :, :5] for key in keys], torch.eye(3, 5).expand(2, -1, -1)
+    words = operators.aggregate_cross(queries, texts, flat, [0.5, 0.5], shares, [16, 12], backend)
+    winners = operators.label(maps, counts, [8, 6], [13, 11], backend)
     for operator, arguments in (
         (operators.aggregate, (queries, keys, flat, [0.5, 0.5], None, ratios, dtype, backend)),
         (operators.aggregate, (queries, keys, flat, [0.5, 0.5], logsumexps, ratios, torch.bfloat16, backend)),
@@ -37,6 +40,8 @@ def test_operators_pass_opcheck(backend):
         (operators.merge, (attention.bfloat16(), [8, 6], [0, 7], [0.3], "official", backend)),
         (operators.label, (maps, counts, [8, 6], [13, 11], backend)),
         (operators.refine, (attention, maps, counts, 5)),
+        (operators.aggregate_cross, (queries, texts, flat, [0.5, 0.5], shares, [16, 12], backend)),
+        (operators.score_masks, (words, winners, 4, backend)),
     ):
         torch.library.opcheck(operator.default, arguments)
 

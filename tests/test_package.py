@@ -52,7 +52,7 @@ def test_public_names(name: str) -> None:
 def test_names_of_the_interface() -> None:
     names = (
         "aggregate aggregate_maps merge refine label segment record_attention DiffSegPipeline DiffSegOutput Proposals "
-        "available_backends explain_backends compat AttentionRecord warmup"
+        "available_backends explain_backends compat AttentionRecord warmup aggregate_cross score_masks"
     )
     assert set(diffseg.__all__) == set(names.split())
     assert diffseg.Proposals._fields == ("maps", "counts", "grid")
@@ -65,7 +65,7 @@ def test_names_behind_the_lazy_modules() -> None:
     assert list(inspect.signature(diffseg.compat.DiffSeg).parameters)[:3] == ["kl_threshold", "refine", "num_points"]
     segment = list(inspect.signature(diffseg.compat.DiffSeg.segment).parameters)
     assert segment == ["self", "weight_64", "weight_32", "weight_16", "weight_8", "weight_ratio"]
-    assert list(inspect.signature(diffseg.record_attention).parameters) == ["unet"]
+    assert list(inspect.signature(diffseg.record_attention).parameters) == ["unet", "cross"]
     for name in ("queries", "keys", "grids", "scales", "logsumexps", "names"):
         assert hasattr(diffseg.AttentionRecord, name)
 
@@ -96,7 +96,7 @@ def test_backends_are_listed_in_order_of_preference() -> None:
     assert diffseg.available_backends(torch.device("meta")) == ["reference"]
     explained = diffseg.explain_backends()
     assert set(names) <= set(explained)
-    assert "aggregate, aggregate_maps, merge, label on any device" in explained["reference"]
+    assert "aggregate, aggregate_maps, merge, label, aggregate_cross, score_masks on any" in explained["reference"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")

@@ -17,14 +17,15 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets in this process: nothing can be compiled", allow_module_level=True)
 
-from diffseg.kernels import aggregate, aot, merge
+from diffseg.kernels import aggregate, aot, cross, merge
 
 NETWORK = "SD 1.4 at 512"
 KERNELS = {
     "_write_integers", "_tiles_kernel", "_logsumexps_kernel", "_rows_kernel", "_even_positions_kernel", "_terms_kernel",
-    "_products_kernel", "_bits_kernel", "_walk_kernel", "_means_kernel", "_label_kernel",
+    "_products_kernel", "_bits_kernel", "_walk_kernel", "_means_kernel", "_label_kernel", "_words_kernel",
+    "_upsample_words_kernel", "_mask_sums_kernel",
 }  # fmt: skip
-MATRIX = {"_tiles_kernel", "_logsumexps_kernel", "_products_kernel", "_means_kernel"}
+MATRIX = {"_tiles_kernel", "_logsumexps_kernel", "_products_kernel", "_means_kernel", "_words_kernel"}
 TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 
 
@@ -37,6 +38,7 @@ def test_defaults_compile_without_spills(name: str, tmp_path: Path, monkeypatch:
         *aot.record(network, torch.float16, True, target),
         *aot.record(network, torch.float16, False, target, anchors=32),
         *aot.record_maps(network, torch.float16, target),
+        *aot.record_cross(network, torch.float16, target),
     ]
     compiled = list(aot.compile_launches(launches, target))
     assert {each.name for each in compiled} == KERNELS
@@ -80,6 +82,15 @@ def test_headers_state_the_costs_of_the_design() -> None:
     assert f"{pairs / 1e9:.2f} G exp2 and {2 * pairs * width / 1e9:.0f} GFLOP" in stated(aggregate._logsumexps_kernel)
     maps = sum(number * heads * (h * w) ** 2 * 4 for number, (h, w), heads, _ in layers)
     assert f"reads {maps / 1e9:.1f} GB of maps" in stated(aggregate._rows_kernel)
+
+    words = stated(cross._words_kernel)
+    assert f"{2 * heads * cells * 77 * width / 1e9:.1f} GFLOP" in words
+    assert f"{heads * cells * 77 / 1e6:.1f} M exp2" in words
+    assert f"{heads * cells * width * 2 / 1e6:.1f} MB of queries" in words
+    assert f"{cells * 4 // 1024} KB a word" in words
+    sums = stated(cross._mask_sums_kernel)
+    assert f"{2 * 256 * 16 * 512**2 / 1e9:.1f} GFLOP" in sums
+    assert f"{256 * 256 * 16 * 4 // 2**20} MB of partial sums" in sums
 
     one_product = f"{2 * anchors * cells**2 / 1e9:.1f} GFLOP"
     products = stated(merge._products_kernel)

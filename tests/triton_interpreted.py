@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from diffseg.kernels import aggregate as aggregate_kernels
+from diffseg.kernels import cross as cross_kernels
 from diffseg.kernels import label as label_kernels
 from diffseg.kernels import merge as merge_kernels
 from torch import Tensor
@@ -263,6 +264,61 @@ class TestLabel:
     def test_no_proposals_label_everything_zero(self) -> None:
         found = label_kernels.label(torch.rand(1, 3, 4), torch.zeros(1, dtype=torch.int32), (2, 2), (5, 5))
         assert found.eq(0).all()
+
+
+class TestCross:
+    GRIDS = ((6, 4), (5, 3), (6, 4), (1, 3))
+    HEADS = ((2, 24), (3, 40), (2, 24), (1, 8))  # number and channels
+
+    def layers(self, dtype: torch.dtype, batch: int = 1, tokens: int = 9) -> tuple[list[Tensor], list[Tensor]]:
+        generator = torch.Generator().manual_seed(4)
+        shapes = [(h * w, heads, d) for (h, w), (heads, d) in zip(self.GRIDS, self.HEADS, strict=True)]
+        queries = [3 * torch.randn(batch, heads, n, d, generator=generator) for n, heads, d in shapes]
+        keys = [torch.randn(batch, tokens, heads, d, generator=generator).transpose(1, 2) for _, heads, d in shapes]
+        return [each.to(dtype) for each in queries], [each.to(dtype) for each in keys]
+
+    @pytest.mark.parametrize("size", [None, (13, 17)])
+    @pytest.mark.parametrize(
+        ("dtype", "batch", "tokens"), [(torch.float32, 1, 9), (torch.float16, 3, 20), (torch.bfloat16, 1, 77)]
+    )
+    def test_maps_meet_the_contract(
+        self, dtype: torch.dtype, batch: int, tokens: int, size: tuple[int, int] | None
+    ) -> None:
+        queries, keys = self.layers(dtype, batch, tokens)
+        options: dict[str, Any] = {
+            "tokens": [[1], [2, 3], [0, tokens - 1, 4]], "grids": self.GRIDS, "size": size,
+            "scales": [0.3, 0.2, 0.4, 0.1],
+        }  # fmt: skip
+        found = diffseg.aggregate_cross(queries, keys, backend="triton", **options)
+        expected = diffseg.aggregate_cross(as_double(queries), as_double(keys), backend="reference", **options)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
+
+    def test_nan_reaches_the_maps(self) -> None:
+        queries, keys = self.layers(torch.float32)
+        queries[3][0, 0, 1, 0] = torch.nan
+        found = diffseg.aggregate_cross(queries, keys, tokens=[[1]], grids=self.GRIDS, backend="triton")
+        assert found.isnan().any()
+
+    @pytest.mark.parametrize("masks", [3, 40])
+    @pytest.mark.parametrize(
+        ("grid", "size", "words"), [((5, 4), (13, 17), 3), ((6, 6), (6, 6), 1), ((3, 2), (40, 2), 20)]
+    )
+    def test_scores_equal_the_reference(
+        self, grid: tuple[int, int], size: tuple[int, int], words: int, masks: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        generator = torch.Generator().manual_seed(5)
+        maps = torch.rand(2, words, *grid, generator=generator)
+        labels = torch.randint(-1, masks + 2, (2, *size), generator=generator, dtype=torch.int32)
+        expected = diffseg.score_masks(maps.double(), labels, masks=masks, backend="reference")
+        for bands in (2, 256):
+            monkeypatch.setattr(cross_kernels, "_MOST_BANDS", bands)
+            found = diffseg.score_masks(maps, labels, masks=masks, backend="triton")
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+
+    def test_a_longer_text_is_refused_by_name(self) -> None:
+        queries, keys = self.layers(torch.float32, tokens=129)
+        with pytest.raises(ValueError, match="expected at most 128 tokens, got 129"):
+            diffseg.aggregate_cross(queries[:1], keys[:1], tokens=[[0]], grids=[(6, 4)], backend="triton")
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -27,7 +27,6 @@
 namespace diffseg::DIFFSEG_ISA {
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
 constexpr float kSmallest = 1e-30f;
 constexpr float kHeadroom = 60.0f;  // how far, in powers of two, scores may exceed their reference
 constexpr int64_t kBlockBytes = 768 << 10;
@@ -170,19 +169,6 @@ struct Scores {
 
     static int64_t packed_keys(const Layer& layer) { return layer.heads * panel_count(layer) * layer.depth * kWide; }
 };
-
-// Rows [first, first + width) of a head, transposed: to[k * width + j] = view[first + j, k] * factor, 0 past the end.
-void pack(const View& view, int64_t item, int64_t head, int64_t first, int64_t cells, int64_t width, int64_t depth,
-          float factor, float* to) {
-    const int64_t listed = most<int64_t>(least(width, cells - first), 0);
-    typed(view, item * view.batch + head * view.head + first * view.row, [&](const auto* from) {
-        for (int64_t k = 0; k < depth; ++k) {
-            for (int64_t j = 0; j < listed; ++j)
-                to[k * width + j] = widen(from[j * view.row + k * view.column]) * factor;
-            for (int64_t j = listed; j < width; ++j) to[k * width + j] = 0.0f;
-        }
-    });
-}
 
 // A block of rows of one layer. E and M are stored by panels, [panels, rows, kWide], so that a tile is contiguous.
 class Block {

@@ -38,6 +38,12 @@ struct MergeOptions {
     bool exclusive;  // a group holds only elements not yet taken: the rule "paper"
 };
 
+// Words of a text, as shares of its tokens.
+struct Words {
+    const float* shares;  // [batch, count, tokens]
+    int64_t count, tokens;
+};
+
 constexpr int64_t kFinite = -1;
 
 struct Kernels {
@@ -52,6 +58,13 @@ struct Kernels {
     // maps [batch, length, N]; winner [batch, size.height, size.width].
     void (*label)(const float* maps, const int32_t* counts, int32_t* winner, int64_t batch, int64_t length, Grid grid,
                   Grid size, int threads);
+    // Cross-attention: layers as for aggregate, with keys [batch, heads, words.tokens, depth]; out [batch, words.count,
+    // size.height, size.width]. Returns kFinite, or the first layer of the list whose attention has NaN or infinity.
+    int64_t (*aggregate_cross)(const Layer* layers, int64_t count, int64_t batch, const Words& words, Grid size,
+                               float* out, int threads);
+    // maps [batch, words, N]; labels [batch, size.height, size.width]; out [batch, masks, words].
+    void (*score_masks)(const float* maps, const int32_t* labels, int64_t batch, int64_t words, Grid grid, Grid size,
+                        int64_t masks, float* out, int threads);
     // out[v, f] = [lower bound, upper bound, value] of D between maps v and f, for tests: maps [length, N].
     void (*divergences)(const float* maps, int64_t length, Grid grid, float* out);
 };

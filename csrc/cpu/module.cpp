@@ -115,6 +115,19 @@ void label(uintptr_t maps, uintptr_t counts, uintptr_t winner, int64_t batch, in
                  {grid[0], grid[1]}, {size[0], size[1]}, allowed(threads));
 }
 
+int64_t aggregate_cross(const std::vector<Layer>& layers, int64_t batch, uintptr_t shares, int64_t words, int64_t tokens,
+                        Pair size, uintptr_t out, int threads) {
+    return table->aggregate_cross(layers.data(), static_cast<int64_t>(layers.size()), batch,
+                                  {pointer<const float>(shares), words, tokens}, {size[0], size[1]},
+                                  pointer<float>(out), allowed(threads));
+}
+
+void score_masks(uintptr_t maps, uintptr_t labels, uintptr_t out, int64_t batch, int64_t words, Pair grid, Pair size,
+                 int64_t masks, int threads) {
+    table->score_masks(pointer<const float>(maps), pointer<const int32_t>(labels), batch, words, {grid[0], grid[1]},
+                       {size[0], size[1]}, masks, pointer<float>(out), allowed(threads));
+}
+
 void divergences(uintptr_t maps, int64_t length, Pair grid, uintptr_t out) {
     table->divergences(pointer<const float>(maps), length, {grid[0], grid[1]}, pointer<float>(out));
 }
@@ -143,5 +156,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("aggregate_maps", &aggregate_maps, release);
     module.def("merge", &merge, release);
     module.def("label", &label, release);
+    module.def("aggregate_cross", &aggregate_cross, release);
+    module.def("score_masks", &score_masks, release);
     module.def("divergences", &divergences, release);
 }

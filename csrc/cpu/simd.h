@@ -108,6 +108,8 @@ inline float total(int64_t length, VectorTerm vector_term, Term term) {
 // x - x is NaN for infinity too.
 inline bool finite(float value) { return value - value == 0; }
 
+constexpr float kLog2E = 1.44269504f;
+
 // 2^x within 1.2e-7 relative: x = whole + rest, |rest| <= 1/2, polynomial of degree 5 (minimax in relative error).
 // Zero below 2^-126.5, infinity not reached; NaN stays NaN.
 inline Vec exp2(Vec x) {
@@ -214,6 +216,19 @@ inline const float* floats(const View& view, int64_t offset, int64_t length, flo
 }
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Rows [first, first + width) of a head, transposed: to[k * width + j] = view[first + j, k] * factor, 0 past the end.
+inline void pack(const View& view, int64_t item, int64_t head, int64_t first, int64_t cells, int64_t width,
+                 int64_t depth, float factor, float* to) {
+    const int64_t listed = most<int64_t>(least(width, cells - first), 0);
+    typed(view, item * view.batch + head * view.head + first * view.row, [&](const auto* from) {
+        for (int64_t k = 0; k < depth; ++k) {
+            for (int64_t j = 0; j < listed; ++j)
+                to[k * width + j] = widen(from[j * view.row + k * view.column]) * factor;
+            for (int64_t j = listed; j < width; ++j) to[k * width + j] = 0.0f;
+        }
+    });
+}
 
 // tile[i][.] = start + sum over k of left[k * kTall + i] * right(k)[.], kWide columns.
 template <class Right>

@@ -53,6 +53,19 @@ def attention_gate(case: Case, maps: Sequence[Tensor] | None = None) -> Gate:
     return gate
 
 
+def entries_gate(expected: Tensor) -> Gate:
+    """Every entry as in ``expected``, float64."""
+
+    def gate(found: Tensor) -> None:
+        if found.shape != expected.shape:
+            raise GateError(f"expected {list(expected.shape)}, got {list(found.shape)}")
+        worst = float(((found.double() - expected).abs() - ENTRY * expected.abs()).max())
+        if not worst < ENTRY_FLOOR:
+            raise GateError(f"an entry is {worst:.2g} beyond {ENTRY} of the oracle's")
+
+    return gate
+
+
 def _oracle_rows(case: Case, maps: Sequence[Tensor] | None, ratios: Sequence[float], item: int, rows: Tensor) -> Tensor:
     """Rows of A_f in float64, written down anew: not the code of any backend."""
     height, width = case.grid

@@ -467,6 +467,13 @@ class Suite:
         case = cases.structured("tiny", layers, row.size, row.batch, self.device, self.settings.dtype, given=False)
         attention = case.attention
         proposals = ops.merge(attention, anchors=2, backend="reference")
+        text, labels = [key[:, :, :4] for key in case.keys], ops.label(proposals, row.size, backend="reference")
+        shares = torch.eye(2, 4, device=self.device)[None]
+
+        def words(given: Any, name: str) -> torch.Tensor:
+            return ops.aggregate_cross(*given, tokens=shares, size=row.size, backend=name)
+
+        maps = words([[each.double() for each in tensors] for tensors in (case.queries, text)], "reference")
         op: dict[str, tuple[Any, Callable[[Any, str], Any], Any]] = {
             "aggregate": (
                 (case.queries, case.keys),
@@ -489,6 +496,12 @@ class Suite:
                 proposals,
                 lambda given, name: ops.label(given, row.size, backend=name),
                 gates.label_gate(proposals, row.size),
+            ),
+            "aggregate_cross": ((case.queries, text), words, gates.entries_gate(maps)),
+            "score_masks": (
+                maps.float(),
+                lambda given, name: ops.score_masks(given, labels, masks=4, backend=name),
+                gates.entries_gate(ops.score_masks(maps, labels, masks=4, backend="reference")),
             ),
         }
         given, run, check = op[row.case]
