@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ def cpu() -> SimpleNamespace:
     portable); ValueError where there is no such one.
     """
     try:
-        from . import _cpu
+        _cpu = import_module("diffseg._cpu")
     except ImportError as error:
         raise ImportError(f"diffseg._cpu is not built ({error}); reinstall with a C++17 compiler at hand") from error
     if forced := os.environ.get("DIFFSEG_CPU_ISA"):
@@ -47,7 +48,7 @@ def cpu() -> SimpleNamespace:
 def cuda() -> SimpleNamespace:
     """The ops of ``diffseg._cuda``; ImportError, with what to do, where it was not built or the driver is too old."""
     try:
-        from . import _cuda
+        _cuda = import_module("diffseg._cuda")
     except ImportError as error:
         raise ImportError(
             f"diffseg._cuda is not built ({error}); reinstall with nvcc at hand: DIFFSEG_CUDA=1 pip install ."
