@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import glob
-import json
-import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__, evaluate, loading, study
 from .backends import BACKENDS, available_backends, explain_backends
 from .bench import command as bench
 from .checks import RULES
 from .loading import UsageError
+
+if TYPE_CHECKING:
+    from .folder import Job
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument("--captioner", metavar="MODEL", help="image-to-text model (default: BLIP)")
     segment.add_argument("--keep-masks", action="store_true", help="do not fuse the masks that get the same name")
     segment.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
+    segment.add_argument(
+        "--batch-size", type=_positive, default=2, metavar="N", help="images a pass (default: %(default)s)"
+    )
     segment.add_argument("--time", action="store_true", help="print how long each stage took")
 
     for name, module, purpose in (
@@ -71,6 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(given: str) -> int:
+    if int(given) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {given}")
+    return int(given)
+
+
 def _segment(options: argparse.Namespace) -> int:
     """Writes NAME_labels.png, whose pixel values are segments, and NAME_overlay.png, with outlines, for each image.
 
@@ -84,26 +94,28 @@ def _segment(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from .folder import segment_files
+
     pipe = loading.load_pipeline(options.model, options.device, options.dtype)
-    naming = _naming(options, pipe)
-    seconds: dict[str, float] = {}
-    written, failed = [], 0
-    with tqdm(jobs, unit="image", disable=len(jobs) == 1) as progress:
-        for source, labels, overlay in progress:
-            try:
-                count, timings = _segment_one(pipe, source, labels, overlay, options, naming)
-            except (ValueError, OSError) as error:
-                failed += 1
-                progress.write(f"{source}: {error}", file=sys.stderr)
-                continue
-            written.append((overlay, count))
-            for stage, value in timings.items():
-                seconds[stage] = seconds.get(stage, 0.0) + value
+    asked = {
+        name: getattr(options, name) for name in ("threshold", "anchors", "iterations", "rule", "refine", "backend")
+    }
+    asked |= {"processing_resolution": options.resolution, "time_stages": options.time, **_naming(options, pipe)}
+    with tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1) as progress:
+
+        def done(job: Any, outcome: Any) -> None:
+            progress.update()
+            if outcome.error is not None:
+                progress.write(f"{job.source}: {outcome.error}", file=sys.stderr)
+
+        outcomes, seconds = segment_files(pipe, jobs, asked, batch_size=options.batch_size, done=done)
+    written = [(job.overlay, each.segments) for job, each in zip(jobs, outcomes, strict=True) if each.error is None]
     for overlay, count in written:
         print(f"{overlay}  {count} segments")
     if options.time and written:
         for stage, value in seconds.items():
             print(f"{stage:>10}  {1000 * value / len(written):8.1f} ms")
+    failed = len(jobs) - len(written)
     if failed:
         print(f"diffseg: {failed} of {len(jobs)} images failed", file=sys.stderr)
     return 1 if failed else 0
@@ -130,23 +142,32 @@ def _expand(patterns: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _plan(sources: Sequence[Path], directory: Path, *, force: bool, semantic: bool) -> list[tuple[Path, Path, Path]]:
-    """(source, labels, overlay) of each image to do; those whose outputs exist are left out, and said so."""
+def _plan(sources: Sequence[Path], directory: Path, *, force: bool, semantic: bool) -> list[Job]:
+    """What there is to do; images of which an output exists are left out, and their number is said."""
+    from .folder import Job
+
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"--output: expected a folder, {directory} is a file")
     taken: dict[str, Path] = {}
-    jobs = []
+    jobs, kept = [], 0
     for source in sources:
         if source.stem in taken:
             raise UsageError(f"{taken[source.stem]} and {source} would both write {source.stem}_labels.png")
         taken[source.stem] = source
-        outputs = (directory / f"{source.stem}_labels.png", directory / f"{source.stem}_overlay.png")
-        listing = [_listing(outputs[0])] if semantic else []
-        existing = [output for output in (*outputs, *listing) if output.exists()]
-        if existing and not force:
-            print(f"{source}: kept {', '.join(map(str, existing))} (--force overwrites)", file=sys.stderr)
+        labels, overlay, listing = (
+            directory / f"{source.stem}_{kind}" for kind in ("labels.png", "overlay.png", "segments.json")
+        )
+        job = Job(source, labels, overlay, listing if semantic else None)
+        if not force and any(output.exists() for output in job.outputs):
+            kept += 1
         else:
-            jobs.append((source, *outputs))
+            jobs.append(job)
+    if kept:
+        print(
+            f"diffseg: {kept} of {len(sources)} images have outputs in {directory} and are skipped (--force "
+            "overwrites)",
+            file=sys.stderr,
+        )
     return jobs
 
 
@@ -173,57 +194,6 @@ def _naming(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
         "captioner": options.captioner or semantics.CAPTIONER,
         "fuse": not options.keep_masks,
     }
-
-
-def _listing(labels: Path) -> Path:
-    """Where the segments of a label image are listed."""
-    return labels.with_name(f"{labels.stem.removesuffix('_labels')}_segments.json")
-
-
-def _segment_one(
-    pipe: Any, source: Path, labels: Path, overlay: Path, options: argparse.Namespace, naming: dict[str, Any]
-) -> Any:
-    """Segments one image and writes its outputs, whole or not at all; (segments, seconds by stage)."""
-    from PIL import Image
-
-    from . import images, visualize
-
-    picture = images.to_tensor(source)
-    output = pipe(
-        picture,
-        threshold=options.threshold,
-        anchors=options.anchors,
-        iterations=options.iterations,
-        rule=options.rule,
-        refine=options.refine,
-        processing_resolution=options.resolution,
-        backend=options.backend,
-        time_stages=options.time,
-        **naming,
-    )
-    found = output.labels[0]
-    if options.semantic:
-        found = output.semantics[0]["segmentation"]
-    picture_of = visualize.overlay(images.to_array(picture), found)
-    labels.parent.mkdir(parents=True, exist_ok=True)
-    if options.semantic:
-        segments = output.semantics[0]["segments_info"]
-        named = {segment["id"]: segment["label"] for segment in segments if segment["label"] is not None}
-        picture_of = visualize.write_names(picture_of, found, named)
-        listing = json.dumps({"caption": output.captions[0], "segments_info": segments}, indent=1)
-        _write(lambda path: path.write_text(listing + "\n", encoding="utf-8"), _listing(labels))
-    _write(lambda path: visualize.label_image(found).save(path, format="PNG"), labels)
-    _write(lambda path: Image.fromarray(picture_of).save(path, format="PNG"), overlay)
-    return int(found.max()) + 1, output.timings
-
-
-def _write(save: Callable[[Path], Any], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _info(options: argparse.Namespace) -> int:

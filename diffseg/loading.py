@@ -23,7 +23,9 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
     parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the network (default: float16 on cuda)"
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the network (default: float16 on cuda; with --model, bfloat16 on a CPU that has it; float32)",
     )
 
 
@@ -39,7 +41,7 @@ def load_pipeline(
 
     logging.disable_progress_bar()  # of loading, beside which the progress over images would not be seen
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or ("float16" if device.startswith("cuda") else "float32")
+    dtype = dtype or _fastest_dtype(device, model)
     if model is None and announce:
         print(
             "using the bundled demonstration model, trained on generated scenes; for photographs, pass "
@@ -53,3 +55,14 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     loaded: DiffSegPipeline = pipe
     return loaded
+
+
+def _fastest_dtype(device: str, model: str | None) -> str:
+    """By measurement: on CPUs bfloat16 halves the time of Stable Diffusion's shapes, and not that of narrow models."""
+    import torch
+
+    if device.startswith("cuda"):
+        return "float16"
+    native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    wide = model is not None and device == "cpu"
+    return "bfloat16" if wide and any(getattr(torch.cpu, name, bool)() for name in native) else "float32"

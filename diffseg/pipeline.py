@@ -2,13 +2,13 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -16,8 +16,20 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from . import backends, ops, semantics
 from . import images as image_io
 from .capture import AttentionRecord, record_attention
-from .checks import check_integer, check_pair, check_rule, check_thresholds, check_weight_scheme
+from .checks import check_integer, check_pair, check_rule, check_thresholds, check_weight_scheme, plain
 from .ops import Proposals, Rule, Weights
+from .recorded import (
+    Options,
+    Recordings,
+    Segmented,
+    Shape,
+    download,
+    fuse_projections,
+    lock_of,
+    split_projections,
+    staging,
+    upload,
+)
 from .reference import Grid
 from .visualize import label_image
 
@@ -58,7 +70,8 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     Args:
         unet: gives the attention.
-        vae: encodes the image; None: the UNet works on pixels in [-1, 1].
+        vae: encodes the image; None: the UNet works on pixels in [-1, 1]. An ``AutoencoderTiny`` costs far less than
+            Stable Diffusion's own, which costs more than the UNet; what it does to the labels has not been measured.
         text_encoder, tokenizer: give the embedding of the empty prompt; needed with a ``vae``.
         threshold: the checkpoint's default for the merging threshold tau.
         timestep: at which the UNet is read; no noise is added.
@@ -70,7 +83,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        vae: Union[AutoencoderKL, None] = None,  # noqa: UP007 (diffusers reads these annotations)
+        vae: Union[AutoencoderKL, AutoencoderTiny, None] = None,  # noqa: UP007 (diffusers reads these annotations)
         text_encoder: Union[CLIPTextModel, None] = None,  # noqa: UP007
         tokenizer: Union[CLIPTokenizer, None] = None,  # noqa: UP007
         threshold: float = DEFAULT_THRESHOLD,
@@ -81,6 +94,9 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.register_modules(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(threshold=threshold, timestep=timestep)
         self._empty_prompt: Tensor | None = None
+        self._recordings = Recordings()
+        self._fused = False
+        self._compiled: tuple[Callable[[Tensor], Tensor], Any] | None = None
         self._captioner: semantics.ModelCaptioner | None = None
 
     @classmethod
@@ -101,6 +117,12 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Leaves out what a generating pipeline has and segmentation does not need."""
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in _NOT_NEEDED}, **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> "DiffSegPipeline":
+        """As ``DiffusionPipeline.to``; ends the recordings of weights that it moves."""
+        super().to(*args, **kwargs)
+        self._recordings.drop_stale(self._networks())
+        return self
 
     @property
     def vae_scale_factor(self) -> int:
@@ -172,14 +194,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         if output_type not in ("np", "pt", "pil"):
             raise ValueError(f"output_type: expected 'np', 'pt' or 'pil', got {output_type!r}")
         check_integer("batch_size", batch_size, 1)
-        timestep = self.config.timestep if timestep is None else timestep
-        check_integer("timestep", timestep, 0)
-        threshold = self.config.threshold if threshold is None else threshold
-        check_thresholds(threshold, iterations)
-        check_integer("anchors", anchors, 1)
-        check_rule(rule)
-        check_weight_scheme(weights)
-        backends.check_name(backend)
+        options = self._options(threshold, anchors, iterations, rule, weights, timestep, backend)
         given = image_io.as_list(image)
         if semantic:
             captions, labels = semantics.check_request(self.text_encoder, caption, labels, captioner, len(given))
@@ -192,53 +207,112 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         ]
         sizes = [self._processed_size((each.shape[1], each.shape[2]), processing_resolution) for each in pictures]
 
-        clock = _StageClock(self._execution_device, enabled=time_stages)
+        clock = _StageClock(self._execution_device if time_stages else None)
         if semantic:
             with clock("caption"):
                 if captions is None and labels is None:
                     captions = self._captions(pictures, captioner, batch_size)
                 prompts = semantics.prompts(captions, labels, len(pictures))
         found_labels: dict[int, Tensor] = {}
-        with self.progress_bar(total=len(pictures)) as progress:
+        counts: dict[int, int] = {}
+        with self.progress_bar(total=len(pictures)) as progress, lock_of(self.unet):
             for batch in _batches(sizes, batch_size):
                 size = sizes[batch[0]]
-                attention, grid = self._attention([pictures[i] for i in batch], size, timestep, weights, backend, clock)
-                with clock("merge"):
-                    proposals = ops.merge(
-                        attention,
-                        grid=grid,
-                        anchors=min(anchors, *grid),
-                        iterations=iterations,
-                        threshold=threshold,
-                        rule=rule,
-                        backend=backend,
-                    )
-                if refine:
-                    with clock("refine"):
-                        proposals = ops.refine(attention, proposals)
-                with clock("label"):
-                    finite = attention.sum((1, 2)).isfinite()
-                    targets = [tuple(pictures[i].shape[1:]) if match_input_resolution else size for i in batch]
-                    found = _labels_at_sizes(proposals, targets, backend)
-                    if not bool(finite.all()):
-                        raise ValueError(_overflow([i for i, good in zip(batch, finite, strict=True) if not good]))
-                found_labels.update(zip(batch, found, strict=True))
+                targets = [tuple(pictures[i].shape[1:]) if match_input_resolution else size for i in batch]
+                found = self._segment([pictures[i] for i in batch], size, targets, options, refine, clock)
+                if output_type == "pt":
+                    found_labels.update((i, each.clone()) for i, each in zip(batch, found.labels, strict=True))
+                    (segments,) = download([found.segments])
+                else:
+                    *arrived, segments = download([*found.labels, found.segments])
+                    found_labels.update(zip(batch, arrived, strict=True))
+                counts.update(zip(batch, segments.tolist(), strict=True))
+                if overflown := [i for i in batch if counts[i] == 0]:
+                    raise ValueError(_overflow(overflown))
                 progress.update(len(batch))
-        ordered = [found_labels[i] for i in range(len(pictures))]
-        named = None
-        if semantic:
-            named = self._named(pictures, sizes, ordered, prompts, batch_size, timestep, backend, fuse, clock)
-        self.maybe_free_model_hooks()
+            ordered = [found_labels[i] for i in range(len(pictures))]
+            named = None
+            if semantic:
+                named = self._named(pictures, sizes, ordered, prompts, batch_size, options, fuse, clock)
+            self.maybe_free_model_hooks()
 
         output = DiffSegOutput(
             labels=[_converted(each, output_type) for each in ordered],
-            num_segments=[int(each.max()) + 1 for each in ordered],
+            num_segments=[counts[i] for i in range(len(pictures))],
             timings=clock.seconds,
             captions=[prompt.text for prompt in prompts] if semantic else None,
             semantics=named
             and [{"segmentation": _converted(each, output_type), "segments_info": infos} for each, infos in named],
         )
         return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def warmup(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        *,
+        compile: bool = False,
+        threshold: Union[float, Sequence[float], None] = None,  # noqa: UP007
+        anchors: int = 16,
+        iterations: int = 3,
+        rule: Rule = "paper",
+        weights: Weights = "proportional",
+        timestep: Union[int, None] = None,  # noqa: UP007
+        processing_resolution: Union[int, tuple[int, int], None] = None,  # noqa: UP007
+        match_input_resolution: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        """Makes ready for batches of images of one size, so that later calls take them at the speed of the network.
+
+        On a GPU everything from pixels to labels is recorded as one CUDA graph. Later calls with as many images that
+        are processed at the same size, with the same options, replay it; images of another size of their own get their
+        labels outside the graph. Other calls run eagerly, which the logger of ``diffseg.recorded`` says once a shape at
+        debug level; so do those with ``refine`` or ``time_stages``. On a CPU the same call is made once, so that
+        kernels are loaded. The weights are laid out channels-last and, on a GPU, Q, K and V become one product. Their
+        values may change in place; a network that is moved, cast or replaced ends the recordings.
+
+        Args:
+            batch_size: images a pass.
+            height, width: of the images, before they are resized for processing.
+            compile: run the networks through ``torch.compile``. Compiled attention returns no log-sum-exps, which are
+                then computed from Q and K.
+            threshold, anchors, iterations, rule, weights, timestep, processing_resolution, match_input_resolution,
+                backend: as in :meth:`__call__`.
+
+        Raises:
+            ValueError, TypeError: on bad input; ValueError where hooks move the weights between devices.
+        """
+        for name, value in (("batch_size", batch_size), ("height", height), ("width", width)):
+            check_integer(name, value, 1)
+        options = self._options(threshold, anchors, iterations, rule, weights, timestep, backend)
+        size = self._processed_size((height, width), processing_resolution)
+        for network in self._networks():
+            if hasattr(network, "_hf_hook"):
+                raise ValueError("warmup: expected weights that stay on one device, found hooks that move them")
+        target = (height, width) if match_input_resolution else size
+        clock = _StageClock(None)
+
+        def run(pixels: Tensor) -> Segmented:
+            proposals, finite = self._proposals(pixels, options, False, clock, compiled=compile)
+            return Segmented.at([target] * batch_size, proposals, finite, options.backend)
+
+        with lock_of(self.unet):
+            self._lay_out()
+            self._context(batch_size)
+            if compile and self._compiled is None:
+                self._compiled = torch.compile(self._latents, dynamic=False), torch.compile(self.unet, dynamic=False)
+            self._recordings.add(run, Shape(batch_size, size), options, self._execution_device, self._networks())
+
+    def release(self) -> None:
+        """Frees what :meth:`warmup` holds: graphs, buffers, compiled networks and joined projections."""
+        with lock_of(self.unet):
+            self._recordings.clear()
+            self._compiled = None
+            if self._fused:
+                split_projections(self.unet)
+                self._fused = False
 
     @torch.no_grad()
     def attention(
@@ -257,9 +331,10 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         picture = image_io.to_tensor(image)
         size = self._processed_size((picture.shape[1], picture.shape[2]), processing_resolution)
         timestep = self.config.timestep if timestep is None else timestep
-        clock = _StageClock(self._execution_device, enabled=False)
-        found = self._attention([picture], size, timestep, weights, backend, clock)
-        self.maybe_free_model_hooks()
+        clock = _StageClock(None)
+        with lock_of(self.unet):
+            found = self._attention(self._uploaded([picture], size), timestep, weights, backend, clock)
+            self.maybe_free_model_hooks()
         return found
 
     @torch.no_grad()
@@ -277,15 +352,96 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         picture = image_io.to_tensor(image)
         size = self._processed_size((picture.shape[1], picture.shape[2]), processing_resolution)
         timestep = self.config.timestep if timestep is None else timestep
-        record = self._record([picture], size, timestep, _StageClock(self._execution_device, enabled=False))
-        self.maybe_free_model_hooks()
+        clock = _StageClock(None)
+        with lock_of(self.unet):
+            record = self._record(self._uploaded([picture], size), timestep, clock)
+            self.maybe_free_model_hooks()
         return record
 
+    def _options(
+        self, threshold: Any, anchors: Any, iterations: Any, rule: Any, weights: Any, timestep: Any, backend: Any
+    ) -> Options:
+        """The options of a call, checked."""
+        timestep = self.config.timestep if timestep is None else timestep
+        check_integer("timestep", timestep, 0)
+        thresholds = check_thresholds(self.config.threshold if threshold is None else threshold, iterations)
+        check_integer("anchors", anchors, 1)
+        check_rule(rule)
+        check_weight_scheme(weights)
+        backends.check_name(backend)
+        shares = plain(weights)
+        shares = tuple(shares) if isinstance(shares, list) else shares
+        return Options(timestep, tuple(thresholds), anchors, rule, shares, backend)
+
+    def _networks(self) -> list[Any]:
+        return [network for network in (self.vae, self.unet) if network is not None]
+
+    def _segment(
+        self,
+        pictures: list[Tensor],
+        size: Grid,
+        targets: list[Any],
+        options: Options,
+        refine: bool,
+        clock: "_StageClock",
+    ) -> Segmented:
+        """A batch of pictures [3, H, W] processed at ``size``, its labels at ``targets``; recorded or eager."""
+        recording = None
+        if not refine and clock.device is None:  # diffusers walks all modules to say where it runs: nobody asks here
+            recording = self._recordings.find(Shape(len(pictures), size), options, self._networks())
+        if recording is None:
+            with clock("preprocess"):
+                pixels = self._uploaded(pictures, size)
+            proposals, finite = self._proposals(pixels, options, refine, clock)
+        else:
+            found = recording(pictures)
+            if [tuple(each.shape) for each in found.labels] == targets:
+                return found
+            proposals, finite = found.proposals, found.finite
+        with clock("label"):
+            return Segmented.at(targets, proposals, finite, options.backend)
+
+    def _uploaded(self, pictures: list[Tensor], size: Grid) -> Tensor:
+        """Pixels float32 [B, 3, h, w] in [0, 1] on the device."""
+        host, pixels = staging(Shape(len(pictures), size), self._execution_device)
+        upload(pictures, host, pixels)
+        return pixels
+
+    def _proposals(
+        self, pixels: Tensor, options: Options, refine: bool, clock: "_StageClock", *, compiled: bool = False
+    ) -> tuple[Proposals, Tensor]:
+        """The proposals of pixels [B, 3, h, w] in [0, 1], and whether each image's attention is finite, bool [B]."""
+        attention, grid = self._attention(
+            pixels, options.timestep, options.weights, options.backend, clock, compiled=compiled
+        )
+        with clock("merge"):
+            proposals = ops.merge(
+                attention,
+                grid=grid,
+                anchors=min(options.anchors, *grid),
+                iterations=len(options.threshold),
+                threshold=options.threshold,
+                rule=options.rule,
+                backend=options.backend,
+            )
+            finite = attention.sum((1, 2)).isfinite()
+        if refine:
+            with clock("refine"):
+                proposals = ops.refine(attention, proposals)
+        return proposals, finite
+
     def _attention(
-        self, pictures: list[Tensor], size: Grid, timestep: int, weights: Weights, backend: str, clock: "_StageClock"
+        self,
+        pixels: Tensor,
+        timestep: int,
+        weights: Weights,
+        backend: str,
+        clock: "_StageClock",
+        *,
+        compiled: bool = False,
     ) -> tuple[Tensor, Grid]:
-        """A_f [B, N, N] and its grid, from pictures [3, H, W] processed at ``size``."""
-        record = self._record(pictures, size, timestep, clock)
+        """A_f [B, N, N] and its grid, from pixels [B, 3, h, w] in [0, 1]."""
+        record = self._record(pixels, timestep, clock, compiled=compiled)
         with clock("aggregate"):
             attention = ops.aggregate(
                 record.queries,
@@ -298,29 +454,27 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             )
         return attention, ops.output_grid(record.grids)
 
-    def _record(self, pictures: list[Tensor], size: Grid, timestep: int, clock: "_StageClock") -> AttentionRecord:
-        """What the UNet leaves behind, from pictures [3, H, W] processed at ``size``."""
-        with clock("preprocess"):
-            pixels = self._uploaded(pictures, size)
+    def _record(
+        self, pixels: Tensor, timestep: int, clock: "_StageClock", *, compiled: bool = False
+    ) -> AttentionRecord:
+        """What the UNet leaves behind, from pixels [B, 3, h, w] in [0, 1]."""
+        encode, unet = self._compiled if compiled and self._compiled else (self._latents, self.unet)
         with clock("encode"):
-            latents = self._latents(pixels)
-        context = self._context(len(pixels)).to(latents)
-        with clock("unet"), record_attention(self.unet) as record:
+            latents = encode(pixels)
+        context = self._context(len(pixels), pixels.device).to(latents)
+        with clock("unet"), record_attention(unet) as record:
             steps = torch.full((len(pixels),), timestep, device=pixels.device)
-            self.unet(latents, steps, encoder_hidden_states=context)
+            unet(latents, steps, encoder_hidden_states=context)
         return record
-
-    def _uploaded(self, pictures: list[Tensor], size: Grid) -> Tensor:
-        """Pixels float32 [B, 3, h, w] in [0, 1] on the device."""
-        return torch.stack([image_io.resize(picture, size) for picture in pictures]).to(self._execution_device)
 
     def _latents(self, pixels: Tensor) -> Tensor:
         """What the UNet reads: the VAE's latents, or the pixels in [-1, 1], in the UNet's dtype."""
         pixels = pixels * 2 - 1
         if self.vae is None:
             return pixels.to(self.unet.dtype)
-        latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean * self.vae.config.scaling_factor
-        return latents.to(self.unet.dtype)
+        encoded = self.vae.encode(pixels.to(self.vae.dtype))
+        latents = encoded.latents if "latents" in encoded else encoded.latent_dist.mean
+        return (latents * self.vae.config.scaling_factor).to(self.unet.dtype)
 
     def _captions(self, pictures: list[Tensor], captioner: Any, batch_size: int) -> list[str]:
         """A caption an image, from a function or from the model of that name, which is kept."""
@@ -342,8 +496,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         labels: list[Tensor],
         prompts: list[semantics.Prompt],
         batch_size: int,
-        timestep: int,
-        backend: str,
+        options: Options,
         fuse: bool,
         clock: "_StageClock",
     ) -> list[Any]:
@@ -360,11 +513,17 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                 size = sizes[batch[0]]
                 latents = self._latents(self._uploaded([pictures[i] for i in shown], size))
                 maps = semantics.name_maps(
-                    self.unet, self.text_encoder, latents, [encoded[i] for i in shown], timestep, size, backend
+                    self.unet,
+                    self.text_encoder,
+                    latents,
+                    [encoded[i] for i in shown],
+                    options.timestep,
+                    size,
+                    options.backend,
                 )
                 for i, image_maps in zip(shown, maps, strict=True):
                     masks = labels[i][None].to(maps.device)
-                    found = ops.score_masks(image_maps[None], masks, masks=len(scores[i]), backend=backend)
+                    found = ops.score_masks(image_maps[None], masks, masks=len(scores[i]), backend=options.backend)
                     scores[i] = found[0].cpu() * math.sqrt(size[0] * size[1])  # 1: as with even attention
                 if overflown := [i for i in shown if not bool(scores[i].isfinite().all())]:
                     raise ValueError(_overflow(overflown))
@@ -373,7 +532,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             for i, each in enumerate(labels)
         ]
 
-    def _context(self, batch_size: int) -> Tensor:
+    def _context(self, batch_size: int, device: Union[torch.device, None] = None) -> Tensor:  # noqa: UP007
         """The empty prompt's embedding [B, tokens, channels], computed once; zeros for a UNet in pixel space."""
         if self._empty_prompt is None:
             if self.text_encoder is None:
@@ -383,7 +542,15 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                     "", padding="max_length", max_length=self.tokenizer.model_max_length, return_tensors="pt"
                 )
                 self._empty_prompt = self.text_encoder(tokens.input_ids.to(self._execution_device))[0]
+        self._empty_prompt = self._empty_prompt.to(device or self._execution_device)
         return self._empty_prompt.expand(batch_size, -1, -1)
+
+    def _lay_out(self) -> None:
+        """The weights as they are read fastest."""
+        for network in self._networks():
+            network.to(memory_format=torch.channels_last)
+        if self._execution_device.type == "cuda" and not self._fused:
+            self._fused = fuse_projections(self.unet)
 
     def _processed_size(self, size: Grid, resolution: Union[int, Sequence[int], None]) -> Grid:  # noqa: UP007
         """The (height, width) at which an image of ``size`` is processed."""
@@ -404,15 +571,15 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
 
 class _StageClock:
-    """Adds up the seconds of named stages; does nothing, and waits for nothing, unless enabled."""
+    """Adds up the seconds of named stages on a device; without one it does nothing, and waits for nothing."""
 
-    def __init__(self, device: torch.device, *, enabled: bool) -> None:
-        self.device, self.enabled = device, enabled
+    def __init__(self, device: torch.device | None) -> None:
+        self.device = device
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        if not self.enabled:
+        if self.device is None:
             yield
             return
         start = self._now()
@@ -420,7 +587,7 @@ class _StageClock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + self._now() - start
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
+        if self.device is not None and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
@@ -456,15 +623,6 @@ def _batches(sizes: list[Grid], batch_size: int) -> Iterator[list[int]]:
         same = [index for index, each in enumerate(sizes) if each == size]
         for start in range(0, len(same), batch_size):
             yield same[start : start + batch_size]
-
-
-def _labels_at_sizes(proposals: Proposals, sizes: list[Any], backend: str) -> list[Tensor]:
-    """Labels 0..S-1 of each image at its own size; one call where all sizes are equal."""
-    maps, counts, grid = proposals
-    whole = len(set(sizes)) == 1
-    parts = [proposals] if whole else [Proposals(maps[i : i + 1], counts[i : i + 1], grid) for i in range(len(sizes))]
-    labelled = [ops.label(part, size, backend=backend) for part, size in zip(parts, sizes, strict=False)]
-    return [each for part in labelled for each in ops.renumber(part, maps.shape[1])]
 
 
 def _overflow(indices: list[int]) -> str:

@@ -7,7 +7,8 @@ float64, and in float32 otherwise. No function here waits for the device, except
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from math import isqrt
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -146,20 +147,35 @@ def merge(
     """
     if walk is None:
         walk = "host" if attention.device.type == "cpu" or len(anchors) > _LARGEST_DEVICE_WALK else "device"
-    maps = torch.stack([_first_round(item, anchors, thresholds[0]) for item in attention])
+    index = _positions(grid, anchors, attention.device)
+    maps = torch.stack([_first_round(item, index, thresholds[0]) for item in attention])
     counts = torch.full((len(maps),), len(anchors), dtype=torch.int32, device=maps.device)
     for threshold in thresholds[1:]:
         maps, counts = _later_round(maps, counts, threshold, rule, walk)
     return maps, counts
 
 
-def _first_round(attention: Tensor, anchors: Sequence[int], threshold: float) -> Tensor:
-    """For each anchor the mean of all maps within ``threshold`` of it: [N, N] -> [P, N]."""
+def _positions(grid: Grid, anchors: Sequence[int], device: torch.device) -> Tensor:
+    """Flat cells of the anchors, int64 [P]; evenly spaced ones are computed on the device: a copy would wait for it."""
+    side = isqrt(len(anchors))
+
+    def even(length: int, steps: Any) -> Any:
+        return (steps * length - side) // (2 * side)
+
+    height, width = grid
+    odd = range(1, 2 * side, 2)
+    if tuple(anchors) != tuple(even(height, row) * width + even(width, column) for row in odd for column in odd):
+        return torch.tensor(anchors, device=device)
+    steps = torch.arange(1, 2 * side, 2, device=device)
+    return (even(height, steps)[:, None] * width + even(width, steps)).flatten()
+
+
+def _first_round(attention: Tensor, index: Tensor, threshold: float) -> Tensor:
+    """For each anchor the mean of all maps within ``threshold`` of it: [N, N], cells [P] -> [P, N]."""
     compute = _compute_dtype(attention.dtype)
-    index = torch.tensor(anchors, device=attention.device)
     anchor, anchor_log, anchor_entropy = _log_terms(attention[index].to(compute))
     total = torch.zeros_like(anchor)
-    count = anchor.new_zeros(len(anchors), 1)
+    count = anchor.new_zeros(len(index), 1)
     for start in range(0, len(attention), _ROWS_AT_ONCE):
         maps = attention[start : start + _ROWS_AT_ONCE].to(compute)
         clamped, log, entropy = _log_terms(maps)

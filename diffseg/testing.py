@@ -1,4 +1,4 @@
-"""Small random checkpoints with the layer structure of Stable Diffusion, for tests of code that uses this package.
+"""Random checkpoints with the layer structure of Stable Diffusion: small ones for tests, a full one for benchmarks.
 
 Nothing is downloaded. The weights mean nothing, but the self-attention is sharp enough that its maps differ.
 """
@@ -81,12 +81,9 @@ def tiny_unet(
         ValueError: ``layout`` is none of these.
     """
     settings = {**_COMMON, **_layout(layout), **config}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel(**settings)
-        for name, parameter in unet.named_parameters():
-            if name.endswith(("attn1.to_q.weight", "attn1.to_k.weight")):
-                parameter *= _SCORE_GAIN
+        unet = _sharpened(UNet2DConditionModel(**settings))
     return _cast(unet, dtype).eval()
 
 
@@ -159,6 +156,43 @@ def tiny_pipeline(
     )
     pipeline.save_pretrained(directory, safe_serialization=True)
     return Path(directory)
+
+
+def stable_diffusion_components(
+    *, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """The arguments of ``DiffSegPipeline`` in Stable Diffusion 1.4's architecture, with random weights, for benchmarks.
+
+    UNet (0.86 G parameters) and VAE are as published. The text encoder is a small one of the same width: it runs once a
+    pipeline, and not in the forward pass.
+
+    Args:
+        seed, dtype: as in :func:`tiny_unet`.
+        device: where the weights are drawn, which takes seconds on a CPU; they depend on it.
+    """
+    device = torch.device(device)
+    tokenizer = spelling_tokenizer()
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type), device:
+        torch.manual_seed(seed)
+        unet = _sharpened(UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8))
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            sample_size=512,
+        )
+        text_encoder = _tiny_text_encoder(tokenizer, unet.config.cross_attention_dim)
+    parts = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+    return {**{name: _cast(part, dtype).eval() for name, part in parts.items()}, "tokenizer": tokenizer}
+
+
+def _sharpened(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if name.endswith(("attn1.to_q.weight", "attn1.to_k.weight")):
+                parameter *= _SCORE_GAIN
+    return unet
 
 
 def _layout(layout: str) -> dict[str, Any]:

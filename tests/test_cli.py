@@ -49,7 +49,7 @@ def test_existing_outputs_are_kept(folder, capsys):
     (folder / "segments" / "scene1_labels.png").write_text("precious")
     assert cli.main(["segment", "in"]) == 0
     assert (folder / "segments" / "scene1_labels.png").read_text() == "precious"
-    assert "in/scene1.png: kept segments/scene1_labels.png (--force overwrites)" in capsys.readouterr().err
+    assert "1 of 3 images have outputs in segments and are skipped (--force overwrites)" in capsys.readouterr().err
     assert outputs(folder) == [
         "scene0_labels.png", "scene0_overlay.png", "scene1_labels.png", "scene2_labels.png", "scene2_overlay.png"
     ]  # fmt: skip

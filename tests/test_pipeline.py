@@ -216,7 +216,7 @@ def test_refine_rule_and_weights_reach_the_ops(pixel_pipe, monkeypatch):
         ("aggregate", "merge", "label"), "reference"
     )
     merge = seen["merge"]
-    assert (merge["threshold"], merge["iterations"], merge["rule"], merge["anchors"]) == ([0.1, 0.2], 2, "official", 7)
+    assert (merge["threshold"], merge["iterations"], merge["rule"], merge["anchors"]) == ((0.1, 0.2), 2, "official", 7)
     assert "refine" in seen
 
 

@@ -461,9 +461,7 @@ def test_command_line(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monk
     )
     capsys.readouterr()
     assert cli.main([*command, "-o", "named", "--labels", "car"]) == 0
-    assert (
-        "kept named/street_labels.png, named/street_overlay.png, named/street_segments.json" in capsys.readouterr().err
-    )
+    assert "1 of 1 images have outputs in named and are skipped (--force overwrites)" in capsys.readouterr().err
 
 
 def test_command_line_without_the_tagger(

@@ -1,0 +1,263 @@
+"""Many files through a pipeline: decoding, the network and writing overlap, and images of one size share a pass.
+
+On a CPU two passes run at a time, each with half the threads: what one does on a single thread costs the other nothing,
+and a thread that decodes or writes holds up one of them, not a whole team. The network's sums are then rounded as on so
+many threads: labels are those of one image at a time but for pixels at a tie.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import images, visualize
+
+_PASSES_BEFORE_RECORDING = 3  # of one shape, on a GPU
+_RECORDED_SHAPES = 8
+_WARMUP_OPTIONS = ("threshold", "anchors", "iterations", "rule", "backend", "processing_resolution")
+_FAILURES = (ValueError, OSError)  # of one image; anything else ends the run
+
+
+class Job(NamedTuple):
+    """One image and where its results go."""
+
+    source: Path
+    labels: Path
+    overlay: Path
+    listing: Path | None = None  # of the segments, where they are named
+
+    @property
+    def outputs(self) -> list[Path]:
+        return [path for path in (self.labels, self.overlay, self.listing) if path is not None]
+
+
+class Outcome(NamedTuple):
+    """How a job ended."""
+
+    segments: int = 0
+    error: Exception | None = None
+
+
+class _Item(NamedTuple):
+    number: int
+    picture: Tensor
+    size: tuple[int, int]  # at which it is processed
+
+
+class _Result(NamedTuple):
+    """Of one image."""
+
+    item: _Item
+    labels: Any = None  # [H, W]
+    caption: str | None = None
+    named: list[dict[str, Any]] | None = None  # the segments, where names were asked for
+    error: Exception | None = None
+
+
+class _Pass(NamedTuple):
+    results: list[_Result]
+    seconds: Mapping[str, float]
+
+
+def segment_files(
+    pipe: Any,
+    jobs: Sequence[Job],
+    options: dict[str, Any],
+    *,
+    batch_size: int = 1,
+    done: Callable[[Job, Outcome], None] = lambda job, outcome: None,
+) -> tuple[list[Outcome], dict[str, float]]:
+    """Segments files and writes each one's labels and overlay, both or neither.
+
+    An image that fails does not stop the others, nor those of its own batch. At most a few batches are in memory.
+
+    Args:
+        pipe: a :class:`diffseg.DiffSegPipeline`.
+        jobs: the files.
+        options: arguments of the pipeline's call.
+        batch_size: images a pass; those of one processed size, as they come.
+        done: called in this thread as each job ends, in the order of ending.
+
+    Returns:
+        How each job ended, in order, and the seconds of each stage (empty unless ``options`` ask for them).
+    """
+    shapes: Counter[Any] = Counter()
+    outcomes: dict[int, Outcome] = {}
+    seconds: Counter[str] = Counter()
+    running: deque[Future[_Pass]] = deque()
+    writing: deque[tuple[int, int, Future[None]]] = deque()
+
+    def end(number: int, outcome: Outcome) -> None:
+        outcomes[number] = outcome
+        done(jobs[number], outcome)
+
+    def finish_passes(left: int) -> None:
+        while len(running) > left:
+            results, timings = running.popleft().result()
+            seconds.update(timings)
+            for result in results:
+                number = result.item.number
+                if result.error is not None:
+                    end(number, Outcome(error=result.error))
+                else:
+                    write = writers.submit(_write, jobs[number], result)
+                    writing.append((number, int(result.labels.max()) + 1, write))
+            finish_writes(left=2 * batch_size)
+
+    def finish_writes(left: int) -> None:
+        while len(writing) > left:
+            number, segments, future = writing.popleft()
+            error = future.exception()
+            if error is not None and not isinstance(error, _FAILURES):
+                raise error
+            end(number, Outcome(segments, error))
+
+    threads = torch.get_num_threads()
+    if options.get("semantic"):  # a batch's names share their numbers
+        batch_size = 1
+    alone = threads == 1 or len(jobs) <= batch_size or options.get("semantic")  # which may load a captioner
+    pipes = _replicas(pipe, 1 if alone or pipe.device.type != "cpu" else 2)
+    try:
+        with (
+            ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as readers,
+            ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as writers,
+            ThreadPoolExecutor(
+                len(pipes), initializer=torch.set_num_threads, initargs=(threads // len(pipes),)
+            ) as networks,
+        ):
+            idle: SimpleQueue[Any] = SimpleQueue()
+            for each in pipes:
+                idle.put(each)
+            read = _in_order(readers, lambda job: images.to_tensor(job.source), jobs, ahead=2 * batch_size)
+            items = _items(pipe, read, options.get("processing_resolution"), end)
+            for batch in _batches(items, batch_size):
+                _record_frequent(pipe, batch, options, shapes)
+                running.append(networks.submit(_pass, idle, batch, options))
+                finish_passes(left=len(pipes))
+            finish_passes(left=0)
+            finish_writes(left=0)
+    finally:
+        torch.set_num_threads(threads)  # also for threads to come
+    return [outcomes[number] for number in range(len(jobs))], dict(seconds)
+
+
+def _replicas(pipe: Any, number: int) -> list[Any]:
+    """The pipeline and others on the same weights, each with its own modules of the UNet, which recording changes."""
+    pipes = [pipe]
+    while len(pipes) < number:
+        shared = {id(tensor): tensor for tensor in (*pipe.unet.parameters(), *pipe.unet.buffers())}
+        parts = {**pipe.components, "unet": copy.deepcopy(pipe.unet, shared)}
+        other = type(pipe)(**parts, threshold=pipe.config.threshold, timestep=pipe.config.timestep)
+        other.set_progress_bar_config(disable=True)
+        pipes.append(other)
+    return pipes
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Any], Any], arguments: Iterable[Any], ahead: int
+) -> Iterator[Future[Any]]:
+    """The futures of ``function``, in order; at most ``ahead`` more than are taken are begun."""
+    begun: deque[Future[Any]] = deque()
+    for argument in arguments:
+        begun.append(pool.submit(function, argument))
+        if len(begun) > ahead:
+            yield begun.popleft()
+    yield from begun
+
+
+def _items(pipe: Any, read: Iterator[Future[Tensor]], resolution: Any, end: Callable[..., None]) -> Iterator[_Item]:
+    for index, future in enumerate(read):
+        try:
+            picture = future.result()
+            size = pipe._processed_size(tuple(picture.shape[1:]), resolution)
+        except _FAILURES as error:
+            end(index, Outcome(error=error))
+        else:
+            yield _Item(index, picture, size)
+
+
+def _batches(items: Iterator[_Item], batch_size: int) -> Iterator[list[_Item]]:
+    """Items of one processed size, in order; the oldest do not wait while more than three batches of others come."""
+    waiting: dict[tuple[int, int], list[_Item]] = {}
+    for item in items:
+        same = waiting.setdefault(item.size, [])
+        same.append(item)
+        if len(same) == batch_size:
+            yield waiting.pop(item.size)
+        elif sum(map(len, waiting.values())) >= 3 * batch_size:
+            yield waiting.pop(next(iter(waiting)))
+    yield from waiting.values()
+
+
+def _record_frequent(pipe: Any, batch: list[_Item], options: dict[str, Any], shapes: Counter[Any]) -> None:
+    """On a GPU, makes the pipeline ready for the first shapes that keep coming."""
+    if pipe.device.type != "cuda" or options.get("refine") or options.get("time_stages"):
+        return
+    shape = (len(batch), batch[0].size)
+    shapes[shape] += 1
+    recorded = sum(number >= _PASSES_BEFORE_RECORDING for number in shapes.values())
+    if shapes[shape] == _PASSES_BEFORE_RECORDING and recorded <= _RECORDED_SHAPES:
+        known = {name: value for name, value in options.items() if name in _WARMUP_OPTIONS}
+        pipe.warmup(len(batch), *batch[0].picture.shape[1:], **known)
+
+
+def _pass(idle: SimpleQueue[Any], batch: list[_Item], options: dict[str, Any]) -> _Pass:
+    pipe = idle.get()
+    try:
+        return _segmented(pipe, batch, options)
+    finally:
+        idle.put(pipe)
+
+
+def _segmented(pipe: Any, batch: list[_Item], options: dict[str, Any]) -> _Pass:
+    """Where a batch fails, its items are tried one by one."""
+    try:
+        output = pipe([item.picture for item in batch], batch_size=len(batch), **options)
+    except _FAILURES as error:
+        if len(batch) == 1:
+            return _Pass([_Result(batch[0], error=error)], {})
+        alone = [_segmented(pipe, [item], options) for item in batch]
+        seconds: Counter[str] = Counter()
+        for each in alone:
+            seconds.update(each.seconds)
+        return _Pass([result for each in alone for result in each.results], seconds)
+    if output.semantics is None:
+        results = [_Result(item, labels) for item, labels in zip(batch, output.labels, strict=True)]
+    else:
+        results = [
+            _Result(item, found["segmentation"], caption, found["segments_info"])
+            for item, found, caption in zip(batch, output.semantics, output.captions, strict=True)
+        ]
+    return _Pass(results, output.timings)
+
+
+def _write(job: Job, result: _Result) -> None:
+    """The files appear only once all are whole."""
+    overlay = visualize.overlay(images.to_array(result.item.picture), result.labels)
+    if result.named is not None:
+        names = {segment["id"]: segment["label"] for segment in result.named if segment["label"] is not None}
+        overlay = visualize.write_names(overlay, result.labels, names)
+    job.labels.parent.mkdir(parents=True, exist_ok=True)
+    whole = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in job.outputs}
+    try:
+        visualize.label_image(result.labels).save(whole[job.labels], format="PNG")
+        Image.fromarray(overlay).save(whole[job.overlay], format="PNG")
+        if job.listing is not None:
+            listing = json.dumps({"caption": result.caption, "segments_info": result.named}, indent=1)
+            whole[job.listing].write_text(listing + "\n", encoding="utf-8")
+        for path, temporary in whole.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in whole.values():
+            temporary.unlink(missing_ok=True)

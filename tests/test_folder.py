@@ -1,0 +1,173 @@
+"""Many files: as one by one, in order, whatever fails."""
+
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffseg import folder, images, testing
+from diffseg.pipeline import DiffSegPipeline
+
+
+@pytest.fixture
+def pipe():
+    config = {
+        "block_out_channels": (32, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+    }
+    unet = testing.tiny_unet("sd1", in_channels=3, out_channels=3, sample_size=16, **config)
+    pipe = DiffSegPipeline(unet, threshold=0.01)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save(path, height, width, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((width, height)).save(path)
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    sizes = [(16, 16), (16, 40), (30, 30), (16, 40), (16, 16), (40, 16), (24, 24), (16, 16), (20, 50)]
+    for number, size in enumerate(sizes):
+        save(tmp_path / f"{number}.png", *size, seed=number)
+    return jobs_in(tmp_path, range(len(sizes)))
+
+
+def jobs_in(path, names):
+    out = path / "out"
+    return [folder.Job(path / f"{name}.png", out / f"{name}_labels.png", out / f"{name}_overlay.png") for name in names]
+
+
+def labels(job):
+    return np.asarray(Image.open(job.labels))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_as_one_by_one(pipe, jobs, batch_size):
+    ended = []
+    outcomes, seconds = folder.segment_files(
+        pipe, jobs, {}, batch_size=batch_size, done=lambda job, outcome: ended.append((job, outcome))
+    )
+    assert seconds == {}
+    assert sorted(ended) == sorted(zip(jobs, outcomes, strict=True))
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        alone = pipe(job.source)
+        assert outcome.error is None
+        assert (labels(job) == alone.labels[0]).mean() >= 0.999
+        assert Image.open(job.overlay).size == Image.open(job.source).size
+        assert outcome.segments == labels(job).max() + 1
+    assert not [path.name for path in jobs[0].labels.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_images_of_one_processed_size_share_a_pass(pipe, jobs, monkeypatch):
+    passes = []
+    call = DiffSegPipeline.__call__
+
+    def spy(self, pictures, **options):
+        passes.append((self._processed_size(tuple(pictures[0].shape[1:]), None), len(pictures)))
+        return call(self, pictures, **options)
+
+    monkeypatch.setattr(DiffSegPipeline, "__call__", spy)
+    folder.segment_files(pipe, jobs, {}, batch_size=2)
+    assert Counter(passes) == {((16, 16), 2): 2, ((16, 16), 1): 1, ((6, 16), 2): 1, ((6, 16), 1): 1, ((16, 6), 1): 1}
+
+
+def test_rare_sizes_do_not_wait_for_ever():
+    items = [folder._Item(0, torch.empty(0), (1, 1))]
+    items += [folder._Item(number, torch.empty(0), (2, number)) for number in range(1, 20)]
+    drawn = 0
+
+    def drawing():
+        nonlocal drawn
+        for item in items:
+            drawn += 1
+            yield item
+
+    batches = folder._batches(drawing(), 2)
+    assert [item.number for item in next(batches)] == [0]
+    assert drawn == 6
+    assert sorted(item.number for batch in batches for item in batch) == list(range(1, 20))
+
+
+def test_a_failure_takes_no_other_image_with_it(pipe, jobs, monkeypatch):
+    alone = [pipe(job.source).labels[0] for job in jobs]
+    jobs[1].source.write_text("no image")
+    jobs[5].labels.mkdir(parents=True)  # cannot be replaced by a file
+    call = DiffSegPipeline.__call__
+
+    def fails(self, pictures, **options):
+        if any(picture.shape == (3, 24, 24) for picture in pictures):
+            raise ValueError("overflow")
+        return call(self, pictures, **options)
+
+    monkeypatch.setattr(DiffSegPipeline, "__call__", fails)
+    outcomes, _ = folder.segment_files(pipe, jobs, {}, batch_size=4)
+    failed = {number: str(outcome.error) for number, outcome in enumerate(outcomes) if outcome.error is not None}
+    assert sorted(failed) == [1, 5, 6]
+    assert "expected a readable image" in failed[1]
+    assert failed[6] == "overflow"
+    for number in {*range(len(jobs))} - {1, 5, 6}:
+        assert (labels(jobs[number]) == alone[number]).mean() >= 0.999
+
+
+def test_other_errors_end_the_run(pipe, jobs, monkeypatch):
+    monkeypatch.setattr(folder, "_write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        folder.segment_files(pipe, jobs, {})
+
+
+def test_decoding_and_writing_run_beside_the_network(pipe, jobs, monkeypatch):
+    """The network's first pass ends only when the second image is decoded, its third only when one is written."""
+    decoded, written = threading.Semaphore(0), threading.Semaphore(0)
+    read, write, call = images.to_tensor, folder._write, DiffSegPipeline.__call__
+    passes, waits = [], []
+
+    def reading(*arguments):
+        found = read(*arguments)
+        if threading.current_thread() is not threading.main_thread():
+            decoded.release()
+        return found
+
+    def writing(*arguments):
+        write(*arguments)
+        written.release()
+
+    def passing(self, pictures, **options):
+        passes.append(len(pictures))
+        if len(passes) == 1:
+            waits.append(decoded.acquire(timeout=20) and decoded.acquire(timeout=20))
+        if len(passes) == 3:
+            waits.append(written.acquire(timeout=20))
+        return call(self, pictures, **options)
+
+    monkeypatch.setattr(images, "to_tensor", reading)
+    monkeypatch.setattr(folder, "_write", writing)
+    monkeypatch.setattr(DiffSegPipeline, "__call__", passing)
+    folder.segment_files(pipe, jobs, {})
+    assert waits == [True, True]
+
+
+def test_the_number_of_threads_stays(pipe, jobs):
+    before = torch.get_num_threads()
+    folder.segment_files(pipe, jobs[:2], {})
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert [torch.get_num_threads(), *later] == [before, before]
+
+
+@pytest.mark.gpu
+def test_shapes_that_keep_coming_are_recorded(pipe, jobs):
+    pipe.to("cuda")
+    expected = [pipe(job.source).labels[0] for job in jobs]
+    folder.segment_files(pipe, jobs, {"threshold": 0.01})
+    assert [shape.size for shape, _ in pipe._recordings._held] == [(16, 16), (6, 16)]
+    for job, other in zip(jobs, expected, strict=True):
+        assert (labels(job) == other).mean() >= 0.999
