@@ -432,12 +432,13 @@ class Suite:
         check = gates.labels_gate(eagerly([maps.double() for maps in case.maps], "host"))
         contenders = self._subjects("aggregate_maps", torch.float32, run, check)
         contenders += self._eager(eagerly, check)[: self._walks()]
-        contenders.append(
-            Contender(
-                "literal broadcast form", "peer", peers.literal_from_maps(case, anchors, ITERATIONS), check,
-                note="the published code's steps in torch",
-            )
-        )  # fmt: skip
+        if not self.settings.subset:
+            contenders.append(
+                Contender(
+                    "literal broadcast form", "peer", peers.literal_from_maps(case, anchors, ITERATIONS), check,
+                    note="the published code's steps in torch",
+                )
+            )  # fmt: skip
         notes = []
         if self.settings.published is None:
             notes.append("the published code itself: give its checkout with --published")
