@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw it, as .png or .svg (needs matplotlib)")
     parser.add_argument("--published", type=Path, metavar="PATH", help="a checkout of the published TensorFlow code")
     parser.add_argument("--published-python", metavar="PATH", help="the interpreter that has TensorFlow")
-    parser.add_argument("--model", help="a checkpoint on disk for capture and pipeline (default: the bundled one)")
+    parser.add_argument(
+        "--model", help="a checkpoint on disk for capture, pipeline and folder (default: the bundled one)"
+    )
     parser.add_argument("--architecture", choices=ARCHITECTURES, help="its layers with random weights instead")
 
 

@@ -1,4 +1,4 @@
-"""Rows with a network: what recording costs in a forward pass, and image to labels.
+"""Rows with a network: what recording costs in a forward pass, image to labels, and files to files.
 
 The network is the bundled one, a checkpoint on disk, or Stable Diffusion 1.4's architecture with random weights.
 """
@@ -6,6 +6,8 @@ The network is the bundled one, a checkpoint on disk, or Stable Diffusion 1.4's 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from .suite import Plan, Row, Settings
 
 ARCHITECTURES = ("sd14",)
+FOLDER_IMAGES, FOLDER_BATCH = 12, 2
 
 
 def plan(row: Row, settings: Settings) -> Plan:
@@ -29,7 +32,7 @@ def plan(row: Row, settings: Settings) -> Plan:
     except ImportError as error:
         raise Unavailable(f"it needs diffusers and transformers ({error})") from error
     with torch.no_grad():
-        return Plan(*(_capture if row.stage == "capture" else _pipeline)(pipe, row, settings))
+        return Plan(*_PLANS[row.stage](pipe, row, settings))
 
 
 def load(settings: Settings) -> Any:
@@ -126,3 +129,54 @@ def _pipeline(pipe: Any, row: Row, settings: Settings) -> tuple[Any, ...]:
         contenders += [Contender(f"pipe, {name}, warm", "subject", labels(warm(name), name), check) for name in able]
     contenders.append(Contender("bare VAE + UNet", "baseline", bare, recordable=True, note="other work: no labels"))
     return [given], contenders
+
+
+def _folder(pipe: Any, row: Row, settings: Settings) -> tuple[Any, ...]:
+    import numpy as np
+    from PIL import Image
+
+    from .. import images, visualize
+    from ..folder import Job, segment_files
+
+    folder = TemporaryDirectory()
+    sources = [Path(folder.name) / f"{index}.jpg" for index in range(FOLDER_IMAGES)]
+    for source, picture in zip(sources, cases.pictures(FOLDER_IMAGES, row.size), strict=True):
+        Image.fromarray(images.to_array(picture)).save(source, quality=95)
+
+    def jobs(name: str) -> list[Job]:
+        out = Path(folder.name) / name
+        return [
+            Job(source, out / f"{source.stem}_labels.png", out / f"{source.stem}_overlay.png") for source in sources
+        ]
+
+    def read(done: list[Job]) -> Tensor:
+        return torch.stack([torch.from_numpy(np.array(Image.open(job.labels)).astype(np.int32)) for job in done])
+
+    def at_once(_: Any) -> list[Job]:
+        done = jobs("segment")
+        outcomes, _ = segment_files(pipe, done, {}, batch_size=FOLDER_BATCH)
+        assert not any(outcome.error for outcome in outcomes)
+        return done
+
+    def one_by_one(_: Any) -> list[Job]:
+        done = jobs("loop")
+        for job in done:
+            found = pipe(job.source).labels[0]
+            job.labels.parent.mkdir(exist_ok=True)
+            visualize.label_image(found).save(job.labels)
+            Image.fromarray(visualize.overlay(images.to_array(images.to_tensor(job.source)), found)).save(job.overlay)
+        return done
+
+    gate = gates.labels_gate(read(one_by_one(None)))
+
+    def check(done: list[Job]) -> None:
+        assert folder.name  # held as long as the contenders are
+        gate(read(done))
+
+    return [None], [
+        Contender(f"diffseg segment, {FOLDER_IMAGES} files", "subject", at_once, check),
+        Contender("for path in paths: pipe(path)", "baseline", one_by_one, check),
+    ]
+
+
+_PLANS: dict[str, Callable[..., tuple[Any, ...]]] = {"capture": _capture, "pipeline": _pipeline, "folder": _folder}

@@ -21,6 +21,7 @@ from .cases import Case, Unavailable
 from .cost import Work
 from .timing import Contender
 
+NETWORK_STAGES = ("capture", "pipeline", "folder")
 ITERATIONS = 3
 ANCHORS = 16
 GROWING_SIZES = (256, 384, 512, 768)  # grids of 32, 48, 64 and 96 a side
@@ -39,8 +40,11 @@ STAGES = {
     "call": "one call on tiny inputs",
     "capture": "a UNet's forward pass, with and without recording",
     "pipeline": "image to labels",
+    "folder": "files to written files, not in the subset",
     "growth": "aggregate and merge as the grid and the anchors grow",
 }
+
+SUBSET_STAGES = tuple(stage for stage in STAGES if stage != "folder")
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class Suite:
         settings = self.settings
         for size in settings.sizes:
             for batch in settings.batches:
-                for stage in settings.stages or STAGES:
+                for stage in settings.stages or SUBSET_STAGES:
                     given = _TINY if stage == "call" else size
                     yield from (Row(stage, case, given, batch) for case in self._cases_of(stage, size))
         if settings.subset or "growth" in settings.stages:
@@ -135,7 +139,7 @@ class Suite:
             return []
         if stage == "call":
             return list(OPS)
-        if stage in ("capture", "pipeline"):
+        if stage in NETWORK_STAGES:
             return [self.settings.architecture or ("bundled" if self.settings.model is None else "model")]
         if self.settings.cases:
             return list(self.settings.cases)
@@ -156,7 +160,7 @@ class Suite:
         needed, free = memory_needed(row), memory_free(self.device)
         if needed > free:
             raise Unavailable(f"it needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
-        if row.stage in ("capture", "pipeline"):
+        if row.stage in NETWORK_STAGES:
             from . import networks
 
             return networks.plan(row, self.settings)
@@ -521,7 +525,7 @@ def _with(run: Callable[[Any, str], Any], way: str, given: Any) -> Any:
 
 def memory_needed(row: Row) -> float:
     """Bytes, about: A_f of the batch thrice, and the float64 oracle's matrices of one image."""
-    if row.stage in ("call", "capture", "pipeline"):
+    if row.stage in ("call", *NETWORK_STAGES):
         return 0.0
     heads = {"golden": 2, "bundled": 10, "sd14": 40}.get(row.case, 2)
     maps = 2 * heads * row.batch if row.stage in ("maps", "published") else 0
