@@ -313,7 +313,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         with lock_of(self.unet):
             self._recordings.clear()
             self._compiled = None
-        self._split()
+            self._split()
 
     @torch.no_grad()
     def attention(
