@@ -347,7 +347,7 @@ def _check_processor(name: str, attn: Attention) -> None:
 def _obstacle(attn: Attention, processor: Any) -> str | None:
     """Why the recording processor cannot stand in for ``processor``; None where it can."""
     kind = type(processor)
-    if kind is _RecordingProcessor:
+    if isinstance(processor, _RecordingProcessor):
         return "it is being recorded already"
     if kind not in _DEFAULT_SCALE + _OWN_SCALE:
         return f"expected one of {', '.join(known.__name__ for known in _DEFAULT_SCALE + _OWN_SCALE)}"

@@ -88,9 +88,14 @@ def _segment(options: argparse.Namespace) -> int:
     the overlay names them.
     """
     options.semantic = options.semantic or options.caption is not None or options.labels is not None
-    jobs = _plan(_expand(options.images), Path(options.output), force=options.force, semantic=options.semantic)
+    for name, given in (("--captioner", options.captioner is not None), ("--keep-masks", options.keep_masks)):
+        if given and not options.semantic:
+            raise UsageError(f"{name}: expected --semantic, --caption or --labels with it")
+    jobs, incomplete = _plan(
+        _expand(options.images), Path(options.output), force=options.force, semantic=options.semantic
+    )
     if not jobs:
-        return 0
+        return 1 if incomplete else 0
 
     from tqdm import tqdm
 
@@ -101,6 +106,7 @@ def _segment(options: argparse.Namespace) -> int:
         name: getattr(options, name) for name in ("threshold", "anchors", "iterations", "rule", "refine", "backend")
     }
     asked |= {"processing_resolution": options.resolution, "time_stages": options.time, **_naming(options, pipe)}
+    _check(pipe, asked)
     with tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1) as progress:
 
         def done(job: Any, outcome: Any) -> None:
@@ -118,7 +124,7 @@ def _segment(options: argparse.Namespace) -> int:
     failed = len(jobs) - len(written)
     if failed:
         print(f"diffseg: {failed} of {len(jobs)} images failed", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if failed or incomplete else 0
 
 
 def _expand(patterns: Sequence[str]) -> list[Path]:
@@ -142,14 +148,17 @@ def _expand(patterns: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _plan(sources: Sequence[Path], directory: Path, *, force: bool, semantic: bool) -> list[Job]:
-    """What there is to do; images of which an output exists are left out, and their number is said."""
+def _plan(sources: Sequence[Path], directory: Path, *, force: bool, semantic: bool) -> tuple[list[Job], int]:
+    """What there is to do, and the number of images of which only some outputs exist.
+
+    Without ``force`` those are left as they are, and said; so are images of which all outputs exist.
+    """
     from .folder import Job
 
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"--output: expected a folder, {directory} is a file")
     taken: dict[str, Path] = {}
-    jobs, kept = [], 0
+    jobs, kept, incomplete = [], 0, 0
     for source in sources:
         if source.stem in taken:
             raise UsageError(f"{taken[source.stem]} and {source} would both write {source.stem}_labels.png")
@@ -158,17 +167,28 @@ def _plan(sources: Sequence[Path], directory: Path, *, force: bool, semantic: bo
             directory / f"{source.stem}_{kind}" for kind in ("labels.png", "overlay.png", "segments.json")
         )
         job = Job(source, labels, overlay, listing if semantic else None)
-        if not force and any(output.exists() for output in job.outputs):
-            kept += 1
-        else:
+        missing = [output for output in job.outputs if not output.exists()]
+        if force or missing == job.outputs:
             jobs.append(job)
+        elif missing:
+            incomplete += 1
+            _say_incomplete(job, missing)
+        else:
+            kept += 1
     if kept:
         print(
             f"diffseg: {kept} of {len(sources)} images have outputs in {directory} and are skipped (--force "
             "overwrites)",
             file=sys.stderr,
         )
-    return jobs
+    return jobs, incomplete
+
+
+def _say_incomplete(job: Job, missing: Sequence[Path]) -> None:
+    there = [output for output in job.outputs if output not in missing]
+    states = ((there, "exists", "exist"), (missing, "is missing", "are missing"))
+    said = (f"{' and '.join(map(str, paths))} {one if len(paths) == 1 else more}" for paths, one, more in states)
+    print(f"diffseg: {job.source}: incomplete: {', '.join(said)} (--force redoes it)", file=sys.stderr)
 
 
 def _naming(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
@@ -194,6 +214,24 @@ def _naming(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
         "captioner": options.captioner or semantics.CAPTIONER,
         "fuse": not options.keep_masks,
     }
+
+
+def _check(pipe: Any, asked: dict[str, Any]) -> None:
+    """Refuses what the pipeline's call would refuse of every image."""
+    from . import semantics
+
+    chosen = {name: asked[name] for name in ("threshold", "anchors", "iterations", "rule", "backend")}
+    try:
+        pipe._options(**chosen, weights="proportional", timestep=None)
+        pipe._processed_size((1, 1), asked["processing_resolution"])
+        if "semantic" in asked:
+            captions, labels = semantics.check_request(
+                pipe.text_encoder, asked["caption"], asked["labels"], asked["captioner"], 1
+            )
+            if captions is not None:
+                semantics.prompts(captions, labels, 1)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--{str(error).removeprefix('processing_')}") from error
 
 
 def _info(options: argparse.Namespace) -> int:

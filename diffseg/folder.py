@@ -78,7 +78,8 @@ def segment_files(
     batch_size: int = 1,
     done: Callable[[Job, Outcome], None] = lambda job, outcome: None,
 ) -> tuple[list[Outcome], dict[str, float]]:
-    """Segments files and writes each one's labels and overlay, both or neither.
+    """Segments files and writes each one's labels and overlay: whole files, and both unless the process is killed
+    between their renames.
 
     An image that fails does not stop the others, nor those of its own batch. At most a few batches are in memory.
 
@@ -243,7 +244,7 @@ def _segmented(pipe: Any, batch: list[_Item], options: dict[str, Any]) -> _Pass:
 
 
 def _write(job: Job, result: _Result) -> None:
-    """The files appear only once all are whole."""
+    """The files appear, one after the other, only once all are whole."""
     overlay = visualize.overlay(images.to_array(result.item.picture), result.labels)
     if result.named is not None:
         names = {segment["id"]: segment["label"] for segment in result.named if segment["label"] is not None}

@@ -95,7 +95,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.register_to_config(threshold=threshold, timestep=timestep)
         self._empty_prompt: Tensor | None = None
         self._recordings = Recordings()
-        self._fused = False
+        self._fused: Any = None  # the UNet whose projections are joined
         self._compiled: tuple[Callable[[Tensor], Tensor], Any] | None = None
         self._captioner: semantics.ModelCaptioner | None = None
 
@@ -161,8 +161,8 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> Union[DiffSegOutput, tuple[Any, ...]]:  # noqa: UP007
         """Segments one image or several.
 
-        ``semantic=True`` names the segments (the paper's appendix 8.7): a second pass of the UNet, with a caption
-        instead of the empty prompt, gives the cross-attention; it changes no mask.
+        ``semantic=True`` names the segments (the paper's appendix 8.7): a second pass of VAE and UNet, with a
+        caption instead of the empty prompt, gives the cross-attention; it changes no mask.
 
         Args:
             image: a path, PIL image, array [H, W, C] or tensor [C, H, W] (uint8, uint16, or floats in [0, 1]), or a
@@ -270,8 +270,11 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         are processed at the same size, with the same options, replay it; images of another size of their own get their
         labels outside the graph. Other calls run eagerly, which the logger of ``diffseg.recorded`` says once a shape at
         debug level; so do those with ``refine`` or ``time_stages``. On a CPU the same call is made once, so that
-        kernels are loaded. The weights are laid out channels-last and, on a GPU, Q, K and V become one product. Their
-        values may change in place; a network that is moved, cast or replaced ends the recordings.
+        kernels are loaded.
+
+        The weights are laid out channels-last and, on a GPU, those of Q, K and V are copied into one product: they must
+        not be changed, loaded or adapted until :meth:`release`; then warm up again. A network that is moved, cast or
+        replaced ends the recordings.
 
         Args:
             batch_size: images a pass.
@@ -301,7 +304,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         with lock_of(self.unet):
             self._lay_out()
             self._context(batch_size)
-            if compile and self._compiled is None:
+            if compile and (self._compiled is None or self._compiled[1]._orig_mod is not self.unet):
                 self._compiled = torch.compile(self._latents, dynamic=False), torch.compile(self.unet, dynamic=False)
             self._recordings.add(run, Shape(batch_size, size), options, self._execution_device, self._networks())
 
@@ -310,9 +313,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         with lock_of(self.unet):
             self._recordings.clear()
             self._compiled = None
-            if self._fused:
-                split_projections(self.unet)
-                self._fused = False
+            self._split()
 
     @torch.no_grad()
     def attention(
@@ -328,12 +329,9 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Arguments as in :meth:`__call__`.
         """
-        picture = image_io.to_tensor(image)
-        size = self._processed_size((picture.shape[1], picture.shape[2]), processing_resolution)
-        timestep = self.config.timestep if timestep is None else timestep
-        clock = _StageClock(None)
+        pixels, timestep = self._one(image, processing_resolution, timestep)
         with lock_of(self.unet):
-            found = self._attention(self._uploaded([picture], size), timestep, weights, backend, clock)
+            found = self._attention(pixels, timestep, weights, backend, _StageClock(None))
             self.maybe_free_model_hooks()
         return found
 
@@ -349,12 +347,9 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Arguments as in :meth:`__call__`.
         """
-        picture = image_io.to_tensor(image)
-        size = self._processed_size((picture.shape[1], picture.shape[2]), processing_resolution)
-        timestep = self.config.timestep if timestep is None else timestep
-        clock = _StageClock(None)
+        pixels, timestep = self._one(image, processing_resolution, timestep)
         with lock_of(self.unet):
-            record = self._record(self._uploaded([picture], size), timestep, clock)
+            record = self._record(pixels, timestep, _StageClock(None))
             self.maybe_free_model_hooks()
         return record
 
@@ -406,6 +401,12 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         host, pixels = staging(Shape(len(pictures), size), self._execution_device)
         upload(pictures, host, pixels)
         return pixels
+
+    def _one(self, image: Any, resolution: Any, timestep: Union[int, None]) -> tuple[Tensor, int]:  # noqa: UP007
+        """Pixels float32 [1, 3, h, w] in [0, 1] of one image on the device, and the timestep at which it is read."""
+        picture = image_io.to_tensor(image)
+        size = self._processed_size((picture.shape[1], picture.shape[2]), resolution)
+        return self._uploaded([picture], size), self.config.timestep if timestep is None else timestep
 
     def _proposals(
         self, pixels: Tensor, options: Options, refine: bool, clock: "_StageClock", *, compiled: bool = False
@@ -549,8 +550,17 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         """The weights as they are read fastest."""
         for network in self._networks():
             network.to(memory_format=torch.channels_last)
-        if self._execution_device.type == "cuda" and not self._fused:
-            self._fused = fuse_projections(self.unet)
+        if self._execution_device.type == "cuda" and self._fused is not self.unet:
+            self._split()
+            if fuse_projections(self.unet):
+                self._fused = self.unet
+
+    def _split(self) -> None:
+        """Takes joined projections apart, also those of a UNet that has been replaced since."""
+        if self._fused is not None:
+            with lock_of(self._fused):
+                split_projections(self._fused)
+            self._fused = None
 
     def _processed_size(self, size: Grid, resolution: Union[int, Sequence[int], None]) -> Grid:  # noqa: UP007
         """The (height, width) at which an image of ``size`` is processed."""

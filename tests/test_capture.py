@@ -311,12 +311,13 @@ def test_a_pass_that_fails_leaves_an_empty_record() -> None:
         assert len(record.names) == 16
 
 
-def test_nested_recording_is_refused_and_the_outer_goes_on() -> None:
+@pytest.mark.parametrize("cross", [False, True])
+def test_nested_recording_is_refused_and_the_outer_goes_on(cross: bool) -> None:
     unet = shared_unet("sd2")
-    with record_attention(unet) as record:
+    with record_attention(unet, cross=cross) as record:
         with (
             pytest.raises(ValueError, match=r"down_blocks\.0\.attentions\.0\..*recorded already"),
-            record_attention(unet),
+            record_attention(unet, cross=cross),
         ):
             pass
         forward(unet, unet_inputs(unet, 1, 8, 8))

@@ -46,15 +46,40 @@ def test_several_images(folder, capsys, given):
 
 def test_existing_outputs_are_kept(folder, capsys):
     (folder / "segments").mkdir()
-    (folder / "segments" / "scene1_labels.png").write_text("precious")
+    for kind in ("labels", "overlay"):
+        (folder / "segments" / f"scene1_{kind}.png").write_text("precious")
     assert cli.main(["segment", "in"]) == 0
     assert (folder / "segments" / "scene1_labels.png").read_text() == "precious"
     assert "1 of 3 images have outputs in segments and are skipped (--force overwrites)" in capsys.readouterr().err
+    assert outputs(folder) == [f"scene{i}_{kind}.png" for i in range(3) for kind in ("labels", "overlay")]
+    assert cli.main(["segment", "in/scene1.png", "--force"]) == 0
+    assert Image.open("segments/scene1_labels.png").size == (64, 64)
+
+
+def test_incomplete_outputs_are_reported(folder, capsys):
+    (folder / "segments").mkdir()
+    (folder / "segments" / "scene1_labels.png").write_text("precious")
+    assert cli.main(["segment", "in"]) == 1
+    message = (
+        "diffseg: in/scene1.png: incomplete: segments/scene1_labels.png exists, segments/scene1_overlay.png is missing "
+        "(--force redoes it)"
+    )
+    assert message in capsys.readouterr().err.splitlines()
+    assert (folder / "segments" / "scene1_labels.png").read_text() == "precious"
     assert outputs(folder) == [
         "scene0_labels.png", "scene0_overlay.png", "scene1_labels.png", "scene2_labels.png", "scene2_overlay.png"
     ]  # fmt: skip
+    assert cli.main(["segment", "in"]) == 1
     assert cli.main(["segment", "in/scene1.png", "--force"]) == 0
-    assert Image.open("segments/scene1_labels.png").size == (64, 64)
+    assert cli.main(["segment", "in"]) == 0
+
+
+def test_names_asked_for_after_a_plain_run(folder, capsys):
+    assert cli.main(["segment", "in/scene0.png"]) == 0
+    assert cli.main(["segment", "in/scene0.png", "--labels", "sky"]) == 1
+    assert (
+        "segments/scene0_labels.png and segments/scene0_overlay.png exist, segments/scene0_segments.json is missing"
+    ) in capsys.readouterr().err
 
 
 def test_an_unreadable_image_does_not_stop_the_others(folder, capsys):
@@ -116,11 +141,19 @@ def test_wrong_usage(arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    ("option", "message"), [("--threshold=-1", "threshold: expected positive"), ("--anchors=0", "anchors: expected at")]
+    ("option", "message"),
+    [
+        ("--threshold=-1", "diffseg: --threshold: expected positive"),
+        ("--anchors=0", "diffseg: --anchors: expected at least 1, got 0"),
+        ("--iterations=0", "diffseg: --iterations: expected at least 1, got 0"),
+        ("--resolution=0", "diffseg: --resolution: expected at least 1, got 0"),
+        ("--keep-masks", "diffseg: --keep-masks: expected --semantic, --caption or --labels with it"),
+        ("--captioner=blip", "diffseg: --captioner: expected --semantic, --caption or --labels with it"),
+    ],
 )
-def test_bad_values_are_named(folder, capsys, option, message):
-    assert cli.main(["segment", "in/scene0.png", option]) == 1
-    assert message in capsys.readouterr().err
+def test_wrong_options_are_named_once(folder, capsys, option, message):
+    assert cli.main(["segment", "in", option]) == 2
+    assert capsys.readouterr().err.count(message) == 1
     assert outputs(folder) == []
 
 

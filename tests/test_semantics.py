@@ -464,6 +464,23 @@ def test_command_line(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert "1 of 1 images have outputs in named and are skipped (--force overwrites)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--labels", "cat,"], "--labels: expected at least one word, and none empty, got ['cat', '']"),
+        (["--caption", "a dog", "--labels", "cat"], "--labels: expected"),
+    ],
+)
+def test_command_line_with_wrong_names(
+    checkpoint: Path, tmp_path: Path, capsys: Any, options: list[str], message: str
+) -> None:
+    Image.fromarray(picture(64, 64)).save(tmp_path / "a.png")
+    command = ["segment", str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--model", str(checkpoint)]
+    assert cli.main([*command, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_command_line_without_the_tagger(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
