@@ -359,9 +359,7 @@ def _folder(root: Path, classes: int | None, unlabelled: int | None) -> tuple[li
     images = _first_folder(root, ("images",), None, "images")
     masks = _first_folder(root, ("masks",), None, "masks")
     by_stem = _by_stem(masks)
-    items = [
-        Item(stem, path, by_stem.get(stem, masks / f"{stem}.png")) for stem, path in _by_stem(images).items()
-    ]
+    items = [Item(stem, path, by_stem.get(stem, masks / f"{stem}.png")) for stem, path in _by_stem(images).items()]
     if not items:
         raise DatasetError(f"{images}: expected images ({', '.join(SUFFIXES)}), found none")
     return items, PixelMaps(classes=classes, unlabelled=unlabelled)
