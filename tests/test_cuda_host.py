@@ -16,6 +16,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -416,6 +417,39 @@ def test_the_order_of_threads_changes_no_bit(host: Host, layers: Callable[..., A
         backward = run()
     for first, second in zip(forward, backward, strict=True):
         assert torch.equal(first, second)
+
+
+def test_other_threads_run_beside_a_kernel(host: Host, layers: Callable[..., Any], monkeypatch: Any) -> None:
+    done, steps, during = threading.Event(), 0, {}
+
+    def count() -> None:
+        nonlocal steps
+        while not done.wait(1e-4):
+            steps += 1
+
+    def watched(name: str, run: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            before = steps
+            run(*arguments)
+            during[name] = steps - before
+
+        return call
+
+    for name in ("aggregate", "aggregate_maps", "merge", "label"):
+        monkeypatch.setattr(host.module, name, watched(name, getattr(host.module, name)))
+    scene = layers([(16, 16)], dtype=torch.float32)
+    counter = threading.Thread(target=count)
+    counter.start()
+    try:
+        diffseg.aggregate(scene.queries, scene.keys, backend="cuda")
+        attention = diffseg.aggregate_maps([torch.rand(1, 144, 144)], backend="cuda")
+        proposals = diffseg.merge(attention, anchors=8, backend="cuda")
+        diffseg.label(proposals, (96, 96), backend="cuda")
+    finally:
+        done.set()
+        counter.join()
+    assert all(during.values()), during
+    assert len(during) == 4
 
 
 NETWORKS = {  # (number, grid, heads, channels a head) of the self-attention layers
