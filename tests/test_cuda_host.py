@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from contract import as_double, assert_same_attention, distances, logsumexps_of
 from torch import Tensor
 
 import diffseg
@@ -104,23 +105,6 @@ def on_host(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.BACKENDS, "cuda", backend)
 
 
-def as_double(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.double() for tensor in tensors]
-
-
-def logsumexps_of(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> list[Tensor]:
-    return [
-        (query.double() @ key.double().mT * query.shape[-1] ** -0.5).logsumexp(-1).float()
-        for query, key in zip(queries, keys, strict=True)
-    ]
-
-
-def assert_same_attention(found: Tensor, expected: Tensor) -> None:
-    """The contract on A_f: entries within 1e-4 relative + 1e-9, rows that sum to 1 within 1e-5."""
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
-    assert (found.double().sum(-1) - 1).abs().max() < 1e-5
-
-
 def check_aggregate(queries: Sequence[Tensor], keys: Sequence[Tensor], **options: Any) -> Tensor:
     found = diffseg.aggregate(queries, keys, backend="cuda", **options)
     expected = diffseg.aggregate(
@@ -134,13 +118,6 @@ def check_maps(maps: Sequence[Tensor], grids: list[tuple[int, int]]) -> None:
     found = diffseg.aggregate_maps(maps, grids=grids, backend="cuda")
     expected = diffseg.aggregate_maps(as_double(maps), grids=grids, dtype=torch.float64, backend="reference")
     assert_same_attention(found, expected)
-
-
-def distances(first: Tensor, second: Tensor) -> Tensor:
-    """D of all pairs, float64, [B, P, N] and [B, F, N] -> [B, P, F]."""
-    first, second = first.double().clamp_min(1e-30), second.double().clamp_min(1e-30)
-    difference = first[:, :, None] - second[:, None]
-    return (difference * (first.log()[:, :, None] - second.log()[:, None])).sum(-1) / 2
 
 
 class TestAggregate:
