@@ -29,7 +29,8 @@ sanitize: $(VENV)/tested
 	test -n "$$(ls $(SANITIZED)/lib*/diffseg/_cpu*.so)"
 	PYTHONPATH="$$(ls -d $(CURDIR)/$(SANITIZED)/lib*)" LD_PRELOAD="$(SANITIZER_RUNTIMES)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	$(BIN)/python -P -m pytest -p no:faulthandler -p no:cacheprovider tests/test_cpu_aggregate.py tests/test_cpu_merge.py tests/test_cpu_label.py
+	$(BIN)/python -P -m pytest -p no:faulthandler -p no:cacheprovider \
+	tests/test_cpu_aggregate.py tests/test_cpu_merge.py tests/test_cpu_label.py tests/test_cross.py
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check .

@@ -358,15 +358,23 @@ def _bsds500(root: Path, split: str) -> tuple[list[Item], TruthFormat]:
 def _folder(root: Path, classes: int | None, unlabelled: int | None) -> tuple[list[Item], TruthFormat]:
     images = _first_folder(root, ("images",), None, "images")
     masks = _first_folder(root, ("masks",), None, "masks")
-    by_stem = {path.stem: path for path in sorted(masks.iterdir())}
-    items = [
-        Item(path.stem, path, by_stem.get(path.stem, masks / f"{path.stem}.png"))
-        for path in sorted(images.iterdir())
-        if path.suffix.lower() in SUFFIXES
-    ]
+    by_stem = _by_stem(masks)
+    items = [Item(stem, path, by_stem.get(stem, masks / f"{stem}.png")) for stem, path in _by_stem(images).items()]
     if not items:
         raise DatasetError(f"{images}: expected images ({', '.join(SUFFIXES)}), found none")
     return items, PixelMaps(classes=classes, unlabelled=unlabelled)
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """The images in ``folder`` in order of their names; other files count for nothing."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in SUFFIXES:
+            continue
+        first = found.setdefault(path.stem, path)
+        if first != path:
+            raise DatasetError(f"{folder}: expected one image of each name, got {first.name} and {path.name}")
+    return found
 
 
 def _first_folder(root: Path, candidates: Sequence[str], suffix: str | None, what: str) -> Path:

@@ -95,7 +95,12 @@ def run(options: argparse.Namespace) -> int:
     clusters = options.clusters
     if clusters is None and "kmeans-c" in methods:
         clusters = runs.on_main(state, lambda: typical_segments(dataset))
-    described = {**described_run(options, settings), "methods": methods, "clusters": clusters, "seed": options.seed}
+    described = {
+        **described_run(options, pipe, settings),
+        "methods": methods,
+        "clusters": clusters,
+        "seed": options.seed,
+    }
     runs.on_main(state, lambda: runs.claim(options.output, described))
 
     def predict(sample: Sample) -> dict[str, Labels]:
@@ -149,8 +154,9 @@ def start(state: Any, options: argparse.Namespace, needed: Sequence[str]) -> tup
     return dataset, pipe, settings
 
 
-def described_run(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+def described_run(options: argparse.Namespace, pipe: DiffSegPipeline, settings: Settings) -> dict[str, Any]:
     """What results depend on: they may be continued only under the same."""
+    model = options.model or "bundled"
     return {
         "diffseg": __version__,
         "dataset": options.dataset,
@@ -159,8 +165,8 @@ def described_run(options: argparse.Namespace, settings: Settings) -> dict[str, 
         "resolution": options.resolution,
         "classes": options.classes,
         "unlabelled": options.unlabelled,
-        "model": options.model or "bundled",
-        "dtype": options.dtype,
+        "model": str(Path(model).resolve()) if options.model and Path(model).is_dir() else model,
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         **{name: value for name, value in asdict(settings).items() if name != "backend"},
     }
 

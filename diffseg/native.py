@@ -69,7 +69,7 @@ def cuda() -> SimpleNamespace:
         aggregate_maps=kernels.aggregate_maps,
         merge=kernels.merge,
         label=kernels.label,
-        obstacle=cache(kernels.obstacle),
+        obstacle=kernels.obstacle,
     )
 
 
@@ -210,12 +210,16 @@ class CudaKernels:
 
     def __init__(self, module: ModuleType) -> None:
         self._module: Any = module
+        self._probed = cache(self._probe)
 
     def obstacle(self, device: torch.device) -> str | None:
-        """Why the kernels cannot run on ``device``."""
-        index = torch.cuda.current_device() if device.index is None else device.index
-        reason = self._module.obstacle(index)
-        return f"built for {self._module.targets}, which {device} cannot run: {reason}" if reason else None
+        """Why the kernels cannot run on ``device``; without an index, on torch's current one."""
+        return self._probed(torch.cuda.current_device() if device.index is None else device.index)
+
+    def _probe(self, index: int) -> str | None:
+        with torch.cuda.device(index):
+            reason = self._module.obstacle(index)
+        return f"built for {self._module.targets}, which cuda:{index} cannot run: {reason}" if reason else None
 
     def aggregate(
         self,

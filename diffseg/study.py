@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     dataset, pipe, base = evaluate.start(state, options, ("scipy", "matplotlib"))
     points = list(_points(base, sweeps))
     described = {
-        **evaluate.described_run(options, base),
+        **evaluate.described_run(options, pipe, base),
         "points": [point.key for point in points],
         "heads": options.heads,
     }

@@ -14,6 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+try:
+    from diffseg import _cpu
+except ImportError:  # its tests are skipped
+    _cpu = None
+
 THREADS = 2
 
 
@@ -64,6 +69,15 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(params=_cpu.available_isas() if _cpu else [])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this machine in turn, for the C++ kernels."""
+    previous = _cpu.isa()
+    _cpu.use_isa(request.param)
+    yield request.param
+    _cpu.use_isa(previous)
 
 
 class Layers(NamedTuple):

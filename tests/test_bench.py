@@ -7,7 +7,8 @@ import math
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,18 @@ def test_the_faster_walk_is_the_baseline(timer: Timer) -> None:
         record = run.run_row(made, Row("merge", "noise", (128, 128)), timer, LIMITS)
     medians = {each["name"]: each["seconds"]["median"] for each in record["contenders"] if each["role"] == "baseline"}
     assert record["baseline"] == min(medians, key=medians.__getitem__)
+
+
+def test_the_first_call_is_timed_without_what_measures_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(run: Callable[[], Any]) -> int:
+        time.sleep(0.2)
+        run()
+        return 7
+
+    monkeypatch.setattr(timing, "peak_resident", slow)
+    timed, result = Timer(CPU, 0.0).first(Contender("a", "subject", lambda given: time.sleep(0.01) or given), 3)
+    assert (timed.memory, result) == (7, 3)
+    assert 0.01 <= timed.cold < 0.1
 
 
 def test_rounds_are_differences() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import diffseg
 
-_cpu = pytest.importorskip("diffseg._cpu")
+pytest.importorskip("diffseg._cpu")
 
 HALF = [torch.float16, torch.bfloat16]
 STACKS = {  # (grid, depth) of each layer
@@ -17,14 +17,6 @@ STACKS = {  # (grid, depth) of each layer
     "non-divisible": [((7, 9), 16), ((12, 20), 24), ((5, 20), 13), ((12, 20), 8)],
     "one": [((5, 7), 11)],
 }
-
-
-@pytest.fixture(params=_cpu.available_isas())
-def isa(request):
-    previous = _cpu.isa()
-    _cpu.use_isa(request.param)
-    yield request.param
-    _cpu.use_isa(previous)
 
 
 def layers(stack: str, *, batch: int = 1, heads: int = 3, dtype: torch.dtype = torch.float32, sharpness: float = 3.0):

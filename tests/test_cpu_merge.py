@@ -13,14 +13,6 @@ from diffseg.ops import anchor_indices
 _cpu = pytest.importorskip("diffseg._cpu")
 
 
-@pytest.fixture(params=_cpu.available_isas())
-def isa(request):
-    previous = _cpu.isa()
-    _cpu.use_isa(request.param)
-    yield request.param
-    _cpu.use_isa(previous)
-
-
 def scene(grid: tuple[int, int], *, batch: int = 1, noise: float = 0.3, seed: int = 0) -> Tensor:
     """Attention of a few regions, smooth within each: [B, N, N], float64."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import diffseg
 from diffseg import reference
 
-_cpu = pytest.importorskip("diffseg._cpu")
+pytest.importorskip("diffseg._cpu")
 
 TOKENS = 77
 HALF = [torch.float16, torch.bfloat16]
@@ -27,14 +27,6 @@ STACKS: dict[str, list[tuple[tuple[int, int], int, int]]] = {  # grid, heads, ch
     "one": [((5, 7), 2, 11)],
 }
 WORDS = [[1], [2, 3], [75, 76, 4], [0]]
-
-
-@pytest.fixture(params=_cpu.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    previous = _cpu.isa()
-    _cpu.use_isa(request.param)
-    yield request.param
-    _cpu.use_isa(previous)
 
 
 def layers(

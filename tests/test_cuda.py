@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -25,6 +27,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setitem(sys.modules, "diffseg._cuda", module)  # type: ignore[arg-type]
     monkeypatch.setattr(diffseg, "_cuda", module, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     native.cuda.cache_clear()
     yield module
     native.cuda.cache_clear()
@@ -59,6 +62,36 @@ def test_a_gpu_without_code_is_named(built: SimpleNamespace) -> None:
         ValueError, match=r"built for 80;90\+PTX, which cuda:1 cannot run: no kernel image is available"
     ):
         backends.BACKENDS["cuda"].can_run("label", torch.device("cuda:1"), torch.float32, raise_error=True)
+
+
+def test_each_gpu_is_probed_once_and_as_the_current_one(
+    built: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current, probed = [0], []
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    def obstacle(index: int) -> str:
+        assert current[0] == index
+        probed.append(index)
+        return "no kernel image is available" if index == 1 else ""
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    built.obstacle = obstacle
+    kernels = native.cuda()
+    for _ in range(2):
+        assert kernels.obstacle(torch.device("cuda")) is None
+        assert kernels.obstacle(torch.device("cuda:0")) is None
+    assert current == [0]
+    current[0] = 1  # "cuda" is another device now
+    assert "which cuda:1 cannot run" in kernels.obstacle(torch.device("cuda"))
+    assert "which cuda:1 cannot run" in kernels.obstacle(torch.device("cuda:1"))
+    assert probed == [0, 1]
 
 
 @pytest.mark.parametrize(

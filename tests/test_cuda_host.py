@@ -16,6 +16,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from contract import as_double, assert_same_attention, distances, logsumexps_of
 from torch import Tensor
 
 import diffseg
@@ -103,23 +105,6 @@ def on_host(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.BACKENDS, "cuda", backend)
 
 
-def as_double(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.double() for tensor in tensors]
-
-
-def logsumexps_of(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> list[Tensor]:
-    return [
-        (query.double() @ key.double().mT * query.shape[-1] ** -0.5).logsumexp(-1).float()
-        for query, key in zip(queries, keys, strict=True)
-    ]
-
-
-def assert_same_attention(found: Tensor, expected: Tensor) -> None:
-    """The contract on A_f: entries within 1e-4 relative + 1e-9, rows that sum to 1 within 1e-5."""
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
-    assert (found.double().sum(-1) - 1).abs().max() < 1e-5
-
-
 def check_aggregate(queries: Sequence[Tensor], keys: Sequence[Tensor], **options: Any) -> Tensor:
     found = diffseg.aggregate(queries, keys, backend="cuda", **options)
     expected = diffseg.aggregate(
@@ -133,13 +118,6 @@ def check_maps(maps: Sequence[Tensor], grids: list[tuple[int, int]]) -> None:
     found = diffseg.aggregate_maps(maps, grids=grids, backend="cuda")
     expected = diffseg.aggregate_maps(as_double(maps), grids=grids, dtype=torch.float64, backend="reference")
     assert_same_attention(found, expected)
-
-
-def distances(first: Tensor, second: Tensor) -> Tensor:
-    """D of all pairs, float64, [B, P, N] and [B, F, N] -> [B, P, F]."""
-    first, second = first.double().clamp_min(1e-30), second.double().clamp_min(1e-30)
-    difference = first[:, :, None] - second[:, None]
-    return (difference * (first.log()[:, :, None] - second.log()[:, None])).sum(-1) / 2
 
 
 class TestAggregate:
@@ -416,6 +394,39 @@ def test_the_order_of_threads_changes_no_bit(host: Host, layers: Callable[..., A
         backward = run()
     for first, second in zip(forward, backward, strict=True):
         assert torch.equal(first, second)
+
+
+def test_other_threads_run_beside_a_kernel(host: Host, layers: Callable[..., Any], monkeypatch: Any) -> None:
+    done, steps, during = threading.Event(), 0, {}
+
+    def count() -> None:
+        nonlocal steps
+        while not done.wait(1e-4):
+            steps += 1
+
+    def watched(name: str, run: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            before = steps
+            run(*arguments)
+            during[name] = steps - before
+
+        return call
+
+    for name in ("aggregate", "aggregate_maps", "merge", "label"):
+        monkeypatch.setattr(host.module, name, watched(name, getattr(host.module, name)))
+    scene = layers([(16, 16)], dtype=torch.float32)
+    counter = threading.Thread(target=count)
+    counter.start()
+    try:
+        diffseg.aggregate(scene.queries, scene.keys, backend="cuda")
+        attention = diffseg.aggregate_maps([torch.rand(1, 144, 144)], backend="cuda")
+        proposals = diffseg.merge(attention, anchors=8, backend="cuda")
+        diffseg.label(proposals, (96, 96), backend="cuda")
+    finally:
+        done.set()
+        counter.join()
+    assert all(during.values()), during
+    assert len(during) == 4
 
 
 NETWORKS = {  # (number, grid, heads, channels a head) of the self-attention layers

@@ -167,6 +167,21 @@ def test_folder(folder):
     assert len(dataset.first(None)) == 2
 
 
+def test_files_that_are_no_images_count_for_nothing(folder):
+    for path in (folder / "images" / "c.txt", folder / "masks" / "a.txt"):
+        path.write_text("a note")
+    dataset = open_dataset("folder", folder)
+    check(dataset)
+    assert [item.truth.name for item in dataset.items] == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_two_files_of_one_name_are_refused(folder, kind):
+    write_image(folder / kind / "a.jpg")
+    with pytest.raises(DatasetError, match=rf"{kind}: expected one image of each name, got a.jpg and a.png"):
+        open_dataset("folder", folder)
+
+
 @pytest.mark.parametrize("mode", ["P", "1", "I;16"])
 def test_masks_of_other_modes(folder, mode):
     values = (np.arange(48 * 64).reshape(48, 64) % 2).astype(np.uint16 if mode == "I;16" else np.uint8)

@@ -1,9 +1,12 @@
 """``diffseg evaluate`` and ``diffseg study`` with the bundled model on small data sets written here."""
 
+import argparse
 import csv
 import importlib.util
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from PIL import Image
 
 import diffseg
 from diffseg import cli, datasets, evaluate, metrics, study
-from diffseg.methods import TITLES
+from diffseg.methods import TITLES, Settings
 from diffseg.tiny.scenes import REPORT_SEEDS, scene
 
 QUICK = ["--processing-resolution", "32", "--threshold", "0.05"]
@@ -119,6 +122,8 @@ def test_other_settings_are_refused(scenes, whole, tmp_path, capsys):
         (["--methods", "diffseg"], 'methods was ["diffseg", '),
         (["--methods", "all", "--seed", "1"], "seed was 0, is 1"),
         (["--methods", "all", "--clusters", "11"], "is 11"),
+        (["--methods", "all", "--dtype", "bfloat16"], 'dtype was "float32", is "bfloat16"'),
+        (["--methods", "all", "--model", str(diffseg.tiny.MODEL)], 'model was "bundled"'),
     ):
         assert run(scenes, tmp_path / "copy", "--limit", "3", *options) == 2
         error = capsys.readouterr().err
@@ -126,6 +131,26 @@ def test_other_settings_are_refused(scenes, whole, tmp_path, capsys):
         assert "holds results of other settings" in error
         assert "another --output" in error
     assert results(tmp_path / "copy") == results(whole)
+
+
+def test_the_model_and_its_dtype_are_told_apart_by_what_they_are(monkeypatch):
+    """A folder is one model however it is written, and a dtype that was not given is the one that was chosen."""
+    monkeypatch.chdir(Path(diffseg.tiny.MODEL).parent)
+    pipe = SimpleNamespace(unet=SimpleNamespace(dtype=torch.float16))
+    described = {}
+    for model in (None, "CompVis/stable-diffusion-v1-4", Path(diffseg.tiny.MODEL).name, str(diffseg.tiny.MODEL)):
+        words = ["folder", "root", *(["--model", model] if model else [])]
+        parser = argparse.ArgumentParser()
+        evaluate.add_arguments(parser)
+        described[model] = evaluate.described_run(parser.parse_args(words), pipe, Settings(threshold=1.0, timestep=1))
+    folder = str(Path(diffseg.tiny.MODEL).resolve())
+    assert [each["model"] for each in described.values()] == [
+        "bundled",
+        "CompVis/stable-diffusion-v1-4",
+        folder,
+        folder,
+    ]
+    assert {each["dtype"] for each in described.values()} == {"float16"}
 
 
 @pytest.mark.parametrize(

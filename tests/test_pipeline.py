@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from pipelines import picture, quiet
 
 import diffseg
 from diffseg import images, testing
@@ -30,20 +31,6 @@ def pipe(checkpoint):
 def pixel_pipe():
     unet = testing.tiny_unet("sd1", in_channels=3, out_channels=3, sample_size=32)
     return quiet(DiffSegPipeline(unet, threshold=THRESHOLD))
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def picture(height=128, width=128, seed=0):
-    """Two halves with noise, so that there is something to find."""
-    rng = np.random.default_rng(seed)
-    image = np.zeros((height, width, 3))
-    image[:, : width // 2] = rng.random(3)
-    image[:, width // 2 :] = rng.random(3)
-    return ((image + 0.1 * rng.random(image.shape)).clip(0, 1) * 255).astype(np.uint8)
 
 
 def test_the_steps_by_hand(pipe):

@@ -5,9 +5,11 @@ import resource
 import threading
 
 import numpy as np
+import pipelines
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from pipelines import quiet
 
 import diffseg
 from diffseg import capture, recorded, testing
@@ -51,18 +53,8 @@ def replays(monkeypatch):
     return seen
 
 
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def picture(height=16, width=16, seed=0):
-    """Two halves with noise."""
-    rng = np.random.default_rng(seed)
-    image = np.zeros((height, width, 3))
-    image[:, : width // 2] = rng.random(3)
-    image[:, width // 2 :] = rng.random(3)
-    return ((image + 0.1 * rng.random(image.shape)).clip(0, 1) * 255).astype(np.uint8)
+    return pipelines.picture(height, width, seed)
 
 
 def assert_same(output, expected):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipelines import picture, quiet
 from transformers import (
     BertTokenizer,
     BlipConfig,
@@ -39,23 +40,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(checkpoint: Path, **options: Any) -> DiffSegPipeline:
-    pipe = DiffSegPipeline.from_pretrained(checkpoint, threshold=THRESHOLD, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(DiffSegPipeline.from_pretrained(checkpoint, threshold=THRESHOLD, **options))
 
 
 @pytest.fixture(scope="module")
 def pipe(checkpoint: Path) -> DiffSegPipeline:
     return load(checkpoint)
-
-
-def picture(height: int = 128, width: int = 128, seed: int = 0) -> np.ndarray:
-    """Two halves with noise, so that there is something to find."""
-    rng = np.random.default_rng(seed)
-    image = np.zeros((height, width, 3))
-    image[:, : width // 2] = rng.random(3)
-    image[:, width // 2 :] = rng.random(3)
-    return ((image + 0.1 * rng.random(image.shape)).clip(0, 1) * 255).astype(np.uint8)
 
 
 @pytest.mark.parametrize(

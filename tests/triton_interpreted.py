@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from contract import as_double, assert_same_attention, distances, logsumexps_of
 from diffseg.kernels import aggregate as aggregate_kernels
 from diffseg.kernels import cross as cross_kernels
 from diffseg.kernels import label as label_kernels
@@ -29,36 +30,12 @@ INDIVISIBLE = [(5, 3), (5, 7), (2, 4), (5, 3)]
 RULES = ("paper", "official")
 
 
-def as_double(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
-    return None if tensors is None else [tensor.double() for tensor in tensors]
-
-
-def logsumexps_of(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> list[Tensor]:
-    return [
-        (query.double() @ key.double().mT * query.shape[-1] ** -0.5).logsumexp(-1).float()
-        for query, key in zip(queries, keys, strict=True)
-    ]
-
-
-def assert_same_attention(found: Tensor, expected: Tensor) -> None:
-    """The contract on A_f: entries within 1e-4 relative + 1e-9, rows that sum to 1 within 1e-5."""
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
-    assert (found.double().sum(-1) - 1).abs().max() < 1e-5
-
-
 def check_aggregate(queries: Sequence[Tensor], keys: Sequence[Tensor], **options: Any) -> None:
     found = diffseg.aggregate(queries, keys, backend="triton", **options)
     expected = diffseg.aggregate(
         as_double(queries), as_double(keys), backend="reference", **(options | {"dtype": torch.float64})
     )
     assert_same_attention(found, expected)
-
-
-def distances(first: Tensor, second: Tensor) -> Tensor:
-    """D of all pairs, float64, [B, P, N] and [B, F, N] -> [B, P, F]."""
-    first, second = first.double().clamp_min(1e-30), second.double().clamp_min(1e-30)
-    difference = first[:, :, None] - second[:, None]
-    return (difference * (first.log()[:, :, None] - second.log()[:, None])).sum(-1) / 2
 
 
 class TestAggregate:

@@ -120,8 +120,9 @@ PYBIND11_MODULE(_cuda, module) {
     });
     module.def("aggregate_maps_workspace", &aggregate_maps_workspace);
     module.def("merge_workspace", &merge_workspace);
-    module.def("aggregate", &run_aggregate);
-    module.def("aggregate_maps", &run_aggregate_maps);
-    module.def("merge", &run_merge);
-    module.def("label", &run_label);
+    const py::call_guard<py::gil_scoped_release> release;
+    module.def("aggregate", &run_aggregate, release);
+    module.def("aggregate_maps", &run_aggregate_maps, release);
+    module.def("merge", &run_merge, release);
+    module.def("label", &run_label, release);
 }

@@ -93,18 +93,19 @@ class Timer:
     def first(self, contender: Contender, given: Any) -> tuple[Timed, Any]:
         """The first call, timed, and its result."""
         result: Any = None
+        seconds = math.nan
 
         def call() -> None:
-            nonlocal result
+            nonlocal result, seconds
+            start = time.perf_counter()
             result = contender.run(given)
             self._wait()
+            seconds = time.perf_counter() - start
 
-        start = time.perf_counter()
-        memory = None if contender.elsewhere else self._memory(call)
-        seconds = time.perf_counter() - start
         if contender.elsewhere:
             call()
             return Timed(contender, "elsewhere", result.seconds, result.memory), result
+        memory = self._memory(call)
         return Timed(contender, "events" if self.device.type == "cuda" else "wall", seconds, memory), result
 
     def race(self, timed: Sequence[Timed], inputs: Sequence[Any]) -> list[Timed]:
