@@ -18,7 +18,7 @@ from .run import Journal, Record, check_backends, run_rows
 from .suite import STAGES, Settings, Suite
 from .timing import Timer
 
-SECONDS, SUBSET_SECONDS, QUICK_SECONDS = 1.0, 0.5, 0.1
+SECONDS, SUBSET_SECONDS, QUICK_SECONDS = 1.0, 0.3, 0.1
 QUICK_SIZE = "320"
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
