@@ -46,6 +46,16 @@ def test_attention_stored_in_bfloat16_keeps_the_labels(pipe):
         assert matched_accuracy(rounded[0].numpy(), exact[0].numpy()) >= 0.999
 
 
+def test_a_network_in_bfloat16_keeps_the_labels(pipe):
+    rounded = diffseg.DiffSegPipeline.from_pretrained(MODEL, dtype=torch.bfloat16)
+    rounded.set_progress_bar_config(disable=True)
+    agreements = []
+    for seed in REPORT_SEEDS[:4]:
+        image, _ = scene(seed)
+        agreements.append(matched_accuracy(rounded(image).labels[0], pipe(image).labels[0]))
+    assert np.mean(agreements) >= 0.99
+
+
 def test_the_report_names_every_method(pipe):
     lines = list(report.table(report.report(pipe, 1)))
     assert [line.split("|")[1].strip().split(" (")[0] for line in lines[2:]] == [
