@@ -79,7 +79,8 @@ class Summaries {
 public:
     explicit Summaries(Grid grid)
         : blocks(round_up((grid.height + kSide - 1) / kSide * ((grid.width + kSide - 1) / kSide), kLanes)),
-          grid_(grid) {}
+          grid_(grid),
+          columns_((grid.width + kSide - 1) / kSide) {}
 
     int64_t size() const { return 4 * blocks; }
     int64_t scratch() const { return 2 * round_up(grid_.cells(), kLanes) + 4 * grid_.width; }
@@ -94,8 +95,8 @@ public:
             const int64_t bottom = least(top + kSide, grid_.height);
             memset(sums, 0, 4 * width * sizeof(float));
             for (int64_t y = top; y < bottom; ++y) add_line(p + y * width, l + y * width, width, sums);
-            for (int64_t left = 0; left < width; left += kSide, ++out)
-                finish_block(sums, left, least(left + kSide, width), bottom - top, out);
+            finish_line(sums, bottom - top, out);
+            out += columns_;
         }
         return entropy;
     }
@@ -103,24 +104,49 @@ public:
     const int64_t blocks;
 
 private:
+    // Adds p, l and their squares to the sums of their columns, [4, width].
     static void add_line(const float* p, const float* l, int64_t width, float* sums) {
-        for (int64_t x = 0; x < width; ++x) {
-            sums[x] += p[x];
-            sums[width + x] += l[x];
-            sums[2 * width + x] += p[x] * p[x];
-            sums[3 * width + x] += l[x] * l[x];
+        int64_t x = 0;
+        for (; x + kLanes <= width; x += kLanes) {
+            const Vec probability = load(p + x), logarithm = load(l + x);
+            const Vec terms[4] = {probability, logarithm, probability * probability, logarithm * logarithm};
+            for (int kind = 0; kind < 4; ++kind)
+                store(sums + kind * width + x, load(sums + kind * width + x) + terms[kind]);
+        }
+        for (; x < width; ++x) {
+            const float terms[4] = {p[x], l[x], p[x] * p[x], l[x] * l[x]};
+            for (int kind = 0; kind < 4; ++kind) sums[kind * width + x] += terms[kind];
         }
     }
 
-    void finish_block(const float* sums, int64_t left, int64_t right, int64_t height, float* out) const {
-        float totals[4] = {};
-        for (int kind = 0; kind < 4; ++kind)
-            for (int64_t x = left; x < right; ++x) totals[kind] += sums[kind * grid_.width + x];
-        const float size = static_cast<float>((right - left) * height);
-        out[0] = totals[0];
-        out[blocks] = totals[1] / size;
-        out[2 * blocks] = deviation(totals[2], totals[0], size);
-        out[3 * blocks] = deviation(totals[3], totals[1], size);
+    // A line of blocks from the sums of their columns: whole blocks, then what is left at the right edge.
+    void finish_line(const float* sums, int64_t height, float* out) const {
+        const int64_t width = grid_.width, whole = width / kSide, rest = width % kSide;
+        const float size = static_cast<float>(kSide * height);
+        for (int kind = 0; kind < 4; ++kind) {
+            const float* __restrict from = sums + kind * width;
+            float* __restrict to = out + kind * blocks;
+            for (int64_t block = 0; block < whole; ++block) {
+                const float* columns = from + block * kSide;
+                to[block] = columns[0] + columns[1] + (columns[2] + columns[3]);
+            }
+            if (rest == 0) continue;
+            to[whole] = 0.0f;
+            for (int64_t x = whole * kSide; x < width; ++x) to[whole] += from[x];
+        }
+        finish_blocks(out, whole, size);
+        if (rest > 0) finish_blocks(out + whole, 1, static_cast<float>(rest * height));
+    }
+
+    // From sums of p, l, p^2 and l^2 over blocks of `size` cells to P, L, |r| and |s|.
+    void finish_blocks(float* sums, int64_t count, float size) const {
+        float *__restrict p = sums, *__restrict l = sums + blocks;
+        float *__restrict r = sums + 2 * blocks, *__restrict s = sums + 3 * blocks;
+        for (int64_t block = 0; block < count; ++block) {
+            r[block] = deviation(r[block], p[block], size);
+            s[block] = deviation(s[block], l[block], size);
+            l[block] /= size;
+        }
     }
 
     static float deviation(float squares, float sum, float size) {
@@ -128,6 +154,7 @@ private:
     }
 
     const Grid grid_;
+    const int64_t columns_;
 };
 
 // The maps that others are compared with: the anchors, later the list.
@@ -174,13 +201,16 @@ public:
     Buffer<float> entropies;
 };
 
-// out[i][j] = left_i.x . right_j.y + left_i.y . right_j.x, where y lies `gap` behind x.
-void cross(const float* const* lefts, const float* const* rights, int64_t gap, int64_t length,
-           float (&out)[kLefts][kRights]) {
+// out[i][j] = left_i.x . right_j.y + left_i.y . right_j.x, where y lies `gap` behind x. Fetches what the next call reads
+// on its right, `ahead`, into the first-level cache.
+void cross(const float* const* lefts, const float* const* rights, const float* const* ahead, int64_t gap,
+           int64_t length, float (&out)[kLefts][kRights]) {
     Vec tile[kLefts][kRights] = {};
     for (int64_t k = 0; k < length; k += kLanes) {
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 4
+            for (int j = 0; j < kRights; ++j) __builtin_prefetch(ahead[j] + k + half * gap);
             Vec right[kRights];
 #pragma GCC unroll 4
             for (int j = 0; j < kRights; ++j) right[j] = load(rights[j] + k + (half == 0 ? 0 : gap));
@@ -247,7 +277,7 @@ public:
         for (int64_t start = 0; start < set_.length; start += kResident)
             for (int64_t row = 0; row < count_; row += kLefts)
                 for (int64_t v = start; v < least(start + kResident, set_.length); v += kRights) {
-                    const float *lefts[2][kLefts], *rights[2][kRights];
+                    const float *lefts[2][kLefts], *rights[2][kRights], *ahead[kRights];
                     for (int i = 0; i < kLefts; ++i) {
                         lefts[0][i] = coarse_ + least(row + i, count_ - 1) * set_.summaries.size();
                         lefts[1][i] = lefts[0][i] + 2 * blocks;
@@ -255,10 +285,11 @@ public:
                     for (int j = 0; j < kRights; ++j) {
                         rights[0][j] = set_.coarse(least(v + j, set_.length - 1));
                         rights[1][j] = rights[0][j] + 2 * blocks;
+                        ahead[j] = set_.coarse(least(v + kRights + j, set_.length - 1));
                     }
                     float means[kLefts][kRights], rests[kLefts][kRights];
-                    cross(lefts[0], rights[0], blocks, blocks, means);
-                    cross(lefts[1], rights[1], blocks, blocks, rests);
+                    cross(lefts[0], rights[0], rights[1], blocks, blocks, means);
+                    cross(lefts[1], rights[1], ahead, blocks, blocks, rests);
                     for (int i = 0; i < kLefts && row + i < count_; ++i)
                         for (int j = 0; j < kRights && v + j < set_.length; ++j)
                             visit(row + i, v + j, (entropies_[row + i] + set_.entropies[v + j] - means[i][j]) / 2,
@@ -337,12 +368,16 @@ private:
             const float* from = rows_.part(index(group * kLefts + i), chunk * kChunk, columns, line_);
             parts[i] = terms(from, columns, set_.cells, to, to + kChunk);
         }
-        for (int32_t entry = 0; entry < lengths_[group]; entry += kRights) {
-            const float* rights[kRights];
-            const int64_t width = least<int64_t>(kRights, lengths_[group] - entry);
-            for (int64_t j = 0; j < kRights; ++j) rights[j] = set_.fine(chunk, list[entry + least(j, width - 1)]);
+        const int32_t length = lengths_[group];
+        for (int32_t entry = 0; entry < length; entry += kRights) {
+            const float *rights[kRights], *ahead[kRights];
+            const int64_t width = least<int64_t>(kRights, length - entry);
+            for (int j = 0; j < kRights; ++j) {
+                rights[j] = set_.fine(chunk, list[least(entry + j, length - 1)]);
+                ahead[j] = set_.fine(chunk, list[least(entry + kRights + j, length - 1)]);
+            }
             float products[kLefts][kRights];
-            cross(lefts, rights, kChunk, round_up(columns, kLanes), products);
+            cross(lefts, rights, ahead, kChunk, round_up(columns, kLanes), products);
             for (int64_t i = 0; i < rows_of(group); ++i)
                 for (int64_t j = 0; j < width; ++j) {
                     const int64_t v = list[entry + j];
