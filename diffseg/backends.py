@@ -129,6 +129,11 @@ _TRITON_TOKENS = 128  # scores of a text stay in registers
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it: when it is imported
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_KERNEL_DTYPES = {  # of every backend with kernels
+    **dict.fromkeys(("aggregate", "aggregate_maps", "aggregate_cross"), _FLOATS[:3]),
+    "merge": (torch.float32, torch.bfloat16),
+    **dict.fromkeys(("label", "score_masks"), (torch.float32,)),
+}
 
 BACKENDS = {
     backend.name: backend
@@ -137,11 +142,7 @@ BACKENDS = {
             name="cpu",
             summary="C++ kernels (diffseg._cpu)",
             device_types=("cpu",),
-            dtypes={
-                **dict.fromkeys(("aggregate", "aggregate_maps", "aggregate_cross"), _FLOATS[:3]),
-                "merge": (torch.float32, torch.bfloat16),
-                **dict.fromkeys(("label", "score_masks"), (torch.float32,)),
-            },
+            dtypes=_KERNEL_DTYPES,
             load=_load_cpu,
             limit=_kernel_limit,
         ),
@@ -149,11 +150,7 @@ BACKENDS = {
             name="cuda",
             summary="CUDA kernels (diffseg._cuda)",
             device_types=("cuda",),
-            dtypes={
-                **dict.fromkeys(("aggregate", "aggregate_maps"), _FLOATS[:3]),
-                "merge": (torch.float32, torch.bfloat16),
-                "label": (torch.float32,),
-            },
+            dtypes=_KERNEL_DTYPES,
             load=_load_cuda,
             automatic=False,  # by name only, until measurements on a GPU are committed
             limit=_cuda_limit,
@@ -162,11 +159,7 @@ BACKENDS = {
             name="triton",
             summary="Triton kernels" + (", interpreted" if _TRITON_INTERPRETED else ""),
             device_types=("cuda", "cpu") if _TRITON_INTERPRETED else ("cuda",),
-            dtypes={
-                **dict.fromkeys(("aggregate", "aggregate_maps", "aggregate_cross"), _FLOATS[:3]),
-                "merge": (torch.float32, torch.bfloat16),
-                **dict.fromkeys(("label", "score_masks"), (torch.float32,)),
-            },
+            dtypes=_KERNEL_DTYPES,
             load=_load_triton,
             automatic=False,  # by name only, until measurements on a GPU are committed
             limit=_triton_limit,

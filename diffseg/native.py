@@ -69,6 +69,8 @@ def cuda() -> SimpleNamespace:
         aggregate_maps=kernels.aggregate_maps,
         merge=kernels.merge,
         label=kernels.label,
+        aggregate_cross=kernels.aggregate_cross,
+        score_masks=kernels.score_masks,
         obstacle=kernels.obstacle,
     )
 
@@ -297,6 +299,53 @@ class CudaKernels:
                 self._view(maps.unsqueeze(2)), counts.data_ptr(), winner.data_ptr(), len(maps), grid, size, queue
             )
             return winner
+
+    def aggregate_cross(
+        self,
+        queries: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        grids: Sequence[Grid],
+        scales: Sequence[float],
+        shares: Tensor,
+        size: Grid,
+    ) -> Tensor:
+        with self._on(shares.device) as queue:
+            queries, keys = ([_rows_of_16_bytes(layer) for layer in layers] for layers in (queries, keys))
+            shares = shares.contiguous()
+            batch_size, count, tokens = shares.shape
+            layers = [
+                self._module.Layer(
+                    queries=self._view(query),
+                    keys=self._view(key),
+                    logsumexps=0,
+                    heads=query.shape[1],
+                    depth=query.shape[3],
+                    grid=grid,
+                    scale=scale,
+                    ratio=1.0,
+                )
+                for query, key, grid, scale in zip(queries, keys, grids, scales, strict=True)
+            ]
+            words = self._module.Words(shares=shares.data_ptr(), count=count, tokens=tokens)
+            maps = torch.empty(batch_size, count, *size, dtype=torch.float32, device=shares.device)
+            workspace = self._workspace(self._module.aggregate_cross_workspace(layers, words, batch_size, size), maps)
+            self._module.aggregate_cross(
+                layers, _name(queries[0].dtype), words, batch_size, size, maps.data_ptr(), workspace.data_ptr(), queue
+            )
+            return maps
+
+    def score_masks(self, maps: Tensor, labels: Tensor, masks: int) -> Tensor:
+        with self._on(maps.device) as queue:
+            maps, labels = maps.contiguous(), labels.contiguous()
+            batch_size, words, *grid = maps.shape
+            size = labels.shape[1:]
+            scores = torch.empty(batch_size, masks, words, dtype=torch.float32, device=maps.device)
+            workspace = self._workspace(self._module.score_masks_workspace(batch_size, words, size, masks), maps)
+            self._module.score_masks(
+                maps.data_ptr(), labels.data_ptr(), scores.data_ptr(), batch_size, words, grid, size, masks,
+                workspace.data_ptr(), queue,
+            )  # fmt: skip
+            return scores
 
     @contextmanager
     def _on(self, device: torch.device) -> Iterator[Any]:

@@ -107,6 +107,19 @@ def test_what_is_beyond_the_kernels_is_refused(built: SimpleNamespace, request_:
         backends.BACKENDS["cuda"].can_run("merge", torch.device("cuda:0"), torch.float32, raise_error=True, **request_)
 
 
+@pytest.mark.parametrize("name", backends.BACKENDS)
+def test_every_backend_has_every_op(name: str) -> None:
+    assert set(backends.BACKENDS[name].dtypes) == set(backends.OPS)
+
+
+def test_what_it_says_it_runs_is_there(built: SimpleNamespace) -> None:
+    built.obstacle = lambda device: ""
+    for op, dtypes in backends.BACKENDS["cuda"].dtypes.items():
+        assert callable(getattr(native.cuda(), op))
+        for dtype in dtypes:
+            assert backends.BACKENDS["cuda"].can_run(op, torch.device("cuda:0"), dtype, raise_error=True, tokens=1000)
+
+
 def test_it_is_chosen_by_name_only() -> None:
     assert not backends.BACKENDS["cuda"].automatic
     assert list(backends.BACKENDS) == ["cpu", "cuda", "triton", "reference"]

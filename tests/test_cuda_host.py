@@ -366,6 +366,159 @@ class TestLabel:
         assert found.eq(0).all()
 
 
+def check_words(queries: Sequence[Tensor], keys: Sequence[Tensor], **options: Any) -> Tensor:
+    found = diffseg.aggregate_cross(queries, keys, backend="cuda", **options)
+    expected = diffseg.aggregate_cross(as_double(queries), as_double(keys), backend="reference", **options)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
+    return found
+
+
+class TestAggregateCross:
+    def text(self, queries: Sequence[Tensor], tokens: int) -> list[Tensor]:
+        """Keys of a text, laid out as projections are."""
+        generator = torch.Generator().manual_seed(5)
+        return [
+            torch.randn(query.shape[0], tokens, *query.shape[1::2], generator=generator).transpose(1, 2).to(query)
+            for query in queries
+        ]
+
+    @pytest.mark.parametrize("size", [None, (17, 29)], ids=["largest grid", "pixels"])
+    @pytest.mark.parametrize(
+        ("grids", "batch", "tokens"),
+        [([(9, 11)], 1, 1), ([(9, 11), (3, 5), (9, 11), (5, 4)], 2, 77), (DIVISIBLE, 1, 80), (INDIVISIBLE, 2, 9)],
+        ids=["one", "several", "a whole tile", "small"],
+    )
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_meets_the_contract(
+        self,
+        layers: Callable[..., Any],
+        dtype: torch.dtype,
+        grids: list[tuple[int, int]],
+        batch: int,
+        tokens: int,
+        size: tuple[int, int] | None,
+    ) -> None:
+        queries = layers(grids, batch=batch, heads=3, dim=24, dtype=dtype).queries
+        words = [[0], [tokens - 1], sorted({0, tokens // 2, tokens - 1})]
+        check_words(queries, self.text(queries, tokens), tokens=words, grids=grids, size=size)
+
+    @pytest.mark.parametrize("tokens", [81, 163])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_a_text_of_several_tiles(self, layers: Callable[..., Any], dtype: torch.dtype, tokens: int) -> None:
+        grids = [(7, 10), (3, 3)]
+        queries = layers(grids, batch=2, heads=2, dim=40, dtype=dtype).queries
+        words = [[0], [79], [80], [tokens - 1], [5, 80]]
+        found = check_words(queries, self.text(queries, tokens), tokens=words, grids=grids)
+        assert not torch.equal(found[0], found[1])
+
+    @pytest.mark.parametrize("dim", [8, 63, 160])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_heads_of_any_width(self, layers: Callable[..., Any], dtype: torch.dtype, dim: int) -> None:
+        queries = layers([(4, 5)], dim=dim, dtype=dtype).queries
+        check_words(queries, self.text(queries, 77), tokens=[[3], [76]], grids=[(4, 5)])
+
+    def test_layers_of_one_grid_need_not_be_alike(self, layers: Callable[..., Any]) -> None:
+        grids, shapes = [(3, 3), (6, 6), (3, 3)], [(1, 8), (3, 28), (2, 40)]
+        made = [layers([grid], heads=heads, dim=dim) for grid, (heads, dim) in zip(grids, shapes, strict=True)]
+        queries = [scene.queries[0].float() for scene in made]
+        check_words(queries, self.text(queries, 11), tokens=[[0], [10, 2]], grids=grids, scales=[0.2, -0.3, 0.5])
+
+    def test_more_layers_and_grids_than_a_launch_takes(self, layers: Callable[..., Any]) -> None:
+        grids = [(1, width) for width in range(1, 67)]
+        queries = layers(grids, heads=1, dtype=torch.float16).queries
+        check_words(queries, self.text(queries, 3), tokens=[[0], [1, 2]], grids=grids, size=(2, 70))
+
+    def test_more_lines_and_longer_ones_than_a_block_takes(self, layers: Callable[..., Any]) -> None:
+        grids = [(2, 150), (1, 4)]
+        queries = layers(grids, heads=1, dtype=torch.float16).queries
+        check_words(queries, self.text(queries, 5), tokens=[[0], [4]], grids=grids, size=(65, 1030))
+
+    @pytest.mark.parametrize("tokens", [77, 90])
+    def test_large_scores_do_not_overflow(self, layers: Callable[..., Any], tokens: int) -> None:
+        queries = [20 * query for query in layers([(4, 4)], dtype=torch.float32).queries]
+        keys = self.text(queries, tokens)
+        scores = queries[0] @ keys[0].mT
+        assert scores.max() > 128  # 2 ** 128 is beyond float32
+        words = [[word] for word in scores.argmax(-1).unique().tolist()]  # others attend with less than float32 squares
+        check_words(queries, keys, tokens=words, grids=[(4, 4)], scales=[1.0])
+
+    def test_words_of_each_image(self, layers: Callable[..., Any]) -> None:
+        """Images of a batch may have words of their own; rows of zeros fill up."""
+        queries = layers([(5, 3)], batch=2, dtype=torch.float32).queries
+        shares = torch.zeros(2, 2, 9)
+        shares[0, 0, 5] = shares[0, 1, 6] = shares[1, 0, 8] = 1
+        found = check_words(queries, self.text(queries, 9), tokens=shares, grids=[(5, 3)])
+        assert found[1, 1].eq(0).all()
+        assert found[:, 0].ne(0).all()
+
+    @pytest.mark.parametrize("tokens", [9, 90])
+    def test_nan_reaches_the_maps_of_its_image(self, layers: Callable[..., Any], tokens: int) -> None:
+        queries = layers([(4, 4), (2, 2)], batch=2, dtype=torch.float32).queries
+        queries[1][1, 0, 2, 0] = torch.nan
+        options: dict[str, Any] = {"tokens": [[1], [2]], "grids": [(4, 4), (2, 2)], "backend": "cuda"}
+        found = diffseg.aggregate_cross(queries, self.text(queries, tokens), **options)
+        assert found.isnan().flatten(1).all(-1).tolist() == [False, True]
+        assert found[0].isfinite().all()
+
+    def test_an_image_does_not_depend_on_its_batch(self, layers: Callable[..., Any]) -> None:
+        queries = layers(INDIVISIBLE, batch=3, dtype=torch.bfloat16).queries
+        keys = self.text(queries, 12)
+        options: dict[str, Any] = {"tokens": [[1], [2]], "grids": INDIVISIBLE, "backend": "cuda"}
+        together = diffseg.aggregate_cross(queries, keys, **options)
+        alone = diffseg.aggregate_cross(*([each[1:2] for each in tensors] for tensors in (queries, keys)), **options)
+        assert torch.equal(together[1:2], alone)
+
+
+class TestScoreMasks:
+    @pytest.mark.parametrize(
+        ("grid", "size", "words", "masks"),
+        [
+            ((5, 4), (13, 17), 3, 3),
+            ((1, 1), (2, 9), 1, 1),
+            ((6, 6), (6, 6), 8, 40),
+            ((9, 7), (70, 61), 5, 7),  # more pixels than a band
+            ((3, 2), (40, 9), 19, 5),  # more words than a block takes
+            ((4, 3), (31, 33), 2, 300),  # more masks than a block takes
+        ],
+    )
+    def test_equals_the_reference(self, grid: tuple[int, int], size: tuple[int, int], words: int, masks: int) -> None:
+        generator = torch.Generator().manual_seed(6)
+        maps = torch.rand(2, words, *grid, generator=generator)
+        labels = torch.randint(-1, masks + 2, (2, *size), generator=generator, dtype=torch.int32)
+        labels[:, 0, :2] = torch.tensor([-(2**31), 2**31 - 1])
+        found = diffseg.score_masks(maps, labels, masks=masks, backend="cuda")
+        expected = diffseg.score_masks(maps.double(), labels, masks=masks, backend="reference")
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-9)
+
+    def test_masks_without_pixels_score_zero(self) -> None:
+        labels = torch.full((1, 7, 9), 4, dtype=torch.int32)
+        labels[:, 3:] = 1
+        found = diffseg.score_masks(1 + torch.rand(1, 2, 3, 3), labels, masks=6, backend="cuda")
+        assert found.ne(0).all(-1).tolist() == [[False, True, False, False, True, False]]
+        assert found.eq(0).all(-1).tolist() == [[True, False, True, True, False, True]]
+        none = diffseg.score_masks(torch.rand(1, 2, 3, 3), labels - 9, masks=6, backend="cuda")
+        assert none.eq(0).all()
+
+    def test_strided_maps_and_labels(self) -> None:
+        maps, labels = torch.rand(2, 4, 3, 6)[:, ::2, :, ::2], torch.randint(0, 3, (2, 9, 8), dtype=torch.int32)
+        found = diffseg.score_masks(maps, labels.mT, masks=3, backend="cuda")
+        expected = diffseg.score_masks(maps.double(), labels.mT, masks=3, backend="reference")
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-9)
+
+    def test_nan_reaches_the_scores_of_its_word(self) -> None:
+        maps = torch.rand(1, 2, 4, 4)
+        maps[0, 1, 3, 3] = torch.nan
+        labels = torch.zeros(1, 4, 4, dtype=torch.int32)
+        labels[:, 2:] = 1
+        found = diffseg.score_masks(maps, labels, masks=2, backend="cuda")
+        assert found.isnan().tolist() == [[[False, False], [False, True]]]
+
+    def test_an_image_does_not_depend_on_its_batch(self) -> None:
+        maps, labels = torch.rand(3, 2, 5, 5), torch.randint(0, 4, (3, 65, 64), dtype=torch.int32)
+        together = diffseg.score_masks(maps, labels, masks=4, backend="cuda")
+        assert torch.equal(together[2:], diffseg.score_masks(maps[2:], labels[2:], masks=4, backend="cuda"))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_segment_agrees_with_the_reference(layers: Callable[..., Any], rule: Any) -> None:
     scene = layers([(6, 8), (3, 4), (2, 2)], batch=2, dtype=torch.float32)
@@ -386,7 +539,16 @@ def test_the_order_of_threads_changes_no_bit(host: Host, layers: Callable[..., A
         attention = diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend="cuda")
         proposals = diffseg.merge(attention, grid=(11, 13), anchors=range(0, 143, 9), threshold=0.3, backend="cuda")
         maps = diffseg.aggregate_maps([attention.to(dtype), scene.maps()[1]], grids=scene.grids, backend="cuda")
-        return attention, maps, *proposals[:2], diffseg.label(proposals, (20, 30), backend="cuda")
+        labels = diffseg.label(proposals, (20, 30), backend="cuda")
+        text = [key[:, :, :28] for key in scene.keys], [key[:, :, :28].repeat(1, 1, 3, 1) for key in scene.keys]
+        words = [
+            diffseg.aggregate_cross(
+                scene.queries, keys, tokens=[[0], [5, 9]], grids=scene.grids, size=(20, 30), backend="cuda"
+            )
+            for keys in text
+        ]
+        scores = diffseg.score_masks(words[0], labels, masks=16, backend="cuda")
+        return attention, maps, *proposals[:2], labels, *words, scores
 
     scene = layers([(11, 13), (4, 7)], dim=40, dtype=dtype)
     forward = run()
@@ -412,7 +574,7 @@ def test_other_threads_run_beside_a_kernel(host: Host, layers: Callable[..., Any
 
         return call
 
-    for name in ("aggregate", "aggregate_maps", "merge", "label"):
+    for name in backends.OPS:
         monkeypatch.setattr(host.module, name, watched(name, getattr(host.module, name)))
     scene = layers([(16, 16)], dtype=torch.float32)
     counter = threading.Thread(target=count)
@@ -421,12 +583,14 @@ def test_other_threads_run_beside_a_kernel(host: Host, layers: Callable[..., Any
         diffseg.aggregate(scene.queries, scene.keys, backend="cuda")
         attention = diffseg.aggregate_maps([torch.rand(1, 144, 144)], backend="cuda")
         proposals = diffseg.merge(attention, anchors=8, backend="cuda")
-        diffseg.label(proposals, (96, 96), backend="cuda")
+        labels = diffseg.label(proposals, (96, 96), backend="cuda")
+        maps = diffseg.aggregate_cross(scene.queries, scene.keys, tokens=[[0]], backend="cuda")
+        diffseg.score_masks(maps, labels, masks=64, backend="cuda")
     finally:
         done.set()
         counter.join()
     assert all(during.values()), during
-    assert len(during) == 4
+    assert set(during) == set(backends.OPS)
 
 
 NETWORKS = {  # (number, grid, heads, channels a head) of the self-attention layers
@@ -479,6 +643,34 @@ class TestPlans:
         assert [launch[0] for launch in launches] == [
             "positions_kernel", "terms_kernel", "products_kernel", "bits_kernel", "means_kernel", *later * 2,
         ]  # fmt: skip
+        assert all(int(launch[5]) <= SMALLEST_LIMIT for launch in launches)
+
+    @pytest.mark.parametrize("dtype", ["float16", "float32"])
+    @pytest.mark.parametrize("network", NETWORKS)
+    def test_aggregate_cross(self, host: Host, network: str, dtype: str) -> None:
+        module = host.module
+        layers, _ = self.layers(module, network, given=False)
+        words, size = module.Words(shares=16, count=20, tokens=77), (1024, 1024)
+        assert module.aggregate_cross_workspace(layers, words, 1, size) < (16 << 20)
+        with host.recorded() as launches:
+            module.aggregate_cross(layers, dtype, words, 1, size, 16, 256, module.Queue(0, 0))
+        names = ["words_kernel"] * -(-len(layers) // 32) + ["upsample_kernel", "normalise_kernel"]
+        assert [launch[0] for launch in launches] == names
+        assert all(int(launch[5]) <= SMALLEST_LIMIT for launch in launches)
+        if network == "SD 1.4":
+            assert int(launches[0][1]) == 5 * (64 + 16 + 4) + 1
+
+    @pytest.mark.parametrize(
+        ("masks", "grid"), [(10, (128, 1)), (256, (128, 1)), (300, (128, 2)), (10**4, (17, 40)), (10**6, (1, 3907))]
+    )
+    def test_score_masks(self, host: Host, masks: int, grid: tuple[int, int]) -> None:
+        """Bands of pixels fill a GPU as long as their sums stay small."""
+        module, size = host.module, (512, 512)
+        assert module.score_masks_workspace(1, 5, size, masks) <= max(4 << 20, 24 * masks) + 512
+        with host.recorded() as launches:
+            module.score_masks(16, 16, 16, 1, 5, (64, 64), size, masks, 256, module.Queue(0, 0))
+        assert [launch[0] for launch in launches] == ["mask_sums_kernel", "scores_kernel"]
+        assert tuple(int(word) for word in launches[0][1:3]) == grid
         assert all(int(launch[5]) <= SMALLEST_LIMIT for launch in launches)
 
 

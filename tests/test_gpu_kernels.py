@@ -257,13 +257,6 @@ def test_memory_beyond_the_attention_is_small(backend: str) -> None:
 WORDS = [[1], [2, 3], [7], [75, 76]]
 
 
-@pytest.fixture
-def cross_backend(backend: str) -> str:
-    if "aggregate_cross" not in BACKENDS[backend].dtypes:
-        pytest.skip(f"{backend} leaves cross-attention to others")
-    return backend
-
-
 def make_text(scene: Scene, tokens: int = 77) -> list[Tensor]:
     """Keys of a text for the queries of a scene, laid out as projections are."""
     generator = torch.Generator("cuda").manual_seed(1)
@@ -274,34 +267,80 @@ def make_text(scene: Scene, tokens: int = 77) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_cross_attention_meets_the_contract(network: str, dtype: torch.dtype, cross_backend: str) -> None:
+def test_cross_attention_meets_the_contract(backend: str, network: str, dtype: torch.dtype) -> None:
     scene = make_scene(network, batch=2, dtype=dtype)
     text, options = make_text(scene), {"tokens": WORDS, "grids": scene.grids, "size": scene.size}
-    found = diffseg.aggregate_cross(scene.queries, text, backend=cross_backend, **options)
+    found = diffseg.aggregate_cross(scene.queries, text, backend=backend, **options)
     wide = [[each.double() for each in tensors] for tensors in (scene.queries, text)]
     expected = diffseg.aggregate_cross(*wide, backend="reference", **options)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
-    labels = segment(scene, cross_backend)
-    scores = diffseg.score_masks(found, labels, backend=cross_backend)
+    labels = segment(scene, backend)
+    scores = diffseg.score_masks(found, labels, backend=backend)
     expected = diffseg.score_masks(expected, labels, backend="reference")
     torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-9)
 
 
-def test_cross_attention_never_waits_and_has_the_same_bits_again(cross_backend: str) -> None:
-    scene = make_scene("SD 1.4")
-    text, labels = make_text(scene), segment(scene, cross_backend)
+@pytest.mark.parametrize("tokens", [1, 80, 120, 200])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_cross_attention_of_odd_shapes_meets_the_contract(backend: str, dtype: torch.dtype, tokens: int) -> None:
+    device = torch.device("cuda")
+    if not BACKENDS[backend].can_run("aggregate_cross", device, dtype, tokens=tokens):
+        pytest.skip(f"{backend} takes shorter texts only")
+    grids = [(37, 53), (19, 27), (37, 53), (5, 7)]
+    generator = torch.Generator(device).manual_seed(3)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    queries = [2 * randn(2, 3, h * w, 63) for h, w in grids]
+    keys = [randn(2, 3, tokens, 63) for _ in grids]
+    options: dict[str, Any] = {"tokens": [[0], [tokens - 1], [0, tokens // 2]], "grids": grids, "size": (111, 170)}
+    found = diffseg.aggregate_cross(queries, keys, backend=backend, **options)
+    wide = [[each.double() for each in tensors] for tensors in (queries, keys)]
+    expected = diffseg.aggregate_cross(*wide, backend="reference", **options)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("masks", [3, 300])
+@pytest.mark.parametrize("words", [1, 20])
+def test_scores_of_odd_shapes_equal_the_reference(backend: str, words: int, masks: int) -> None:
+    maps = torch.rand(2, words, 37, 53, device="cuda")
+    labels = torch.randint(-1, masks + 2, (2, 111, 170), dtype=torch.int32, device="cuda")
+    labels[labels == 1] = 0  # a mask without pixels
+    found = diffseg.score_masks(maps, labels, masks=masks, backend=backend)
+    expected = diffseg.score_masks(maps.double(), labels, masks=masks, backend="reference")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-9)
+    assert found[:, 1].eq(0).all()
+
+
+def test_cross_attention_has_the_same_bits_again_and_in_a_graph(backend: str) -> None:
+    scene, other = make_scene("SD 1.4"), make_scene("SD 1.4", seed=1)
+    text, labels = make_text(scene), segment(scene, backend)
     shares = torch.eye(5, 77, device="cuda")[None]
 
-    def run() -> tuple[Tensor, Tensor]:
+    def run(queries: list[Tensor]) -> tuple[Tensor, Tensor]:
         maps = diffseg.aggregate_cross(
-            scene.queries, text, tokens=shares, grids=scene.grids, size=scene.size, backend=cross_backend
+            queries, text, tokens=shares, grids=scene.grids, size=scene.size, backend=backend
         )
-        return maps, diffseg.score_masks(maps, labels, masks=256, backend=cross_backend)
+        return maps, diffseg.score_masks(maps, labels, masks=256, backend=backend)
 
-    first = run()
+    def same(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> bool:
+        return all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+    first, expected = run(scene.queries), run(other.queries)
     with no_waiting():
-        second = run()
-    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+        second = run(scene.queries)
+    assert same(first, second)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = run(scene.queries)
+    graph.replay()
+    assert same(recorded, first)
+    for tensor, replacement in zip(scene.queries, other.queries, strict=True):
+        tensor.copy_(replacement)
+    graph.replay()
+    assert same(recorded, expected)
+    assert not same(recorded, first)
 
 
 def test_offsets_beyond_32_bits(backend: str) -> None:

@@ -20,6 +20,7 @@
 #include <cmath>
 
 #include "launch.cuh"
+#include "reductions.cuh"
 #include "rows.cuh"
 
 namespace diffseg::cuda {
@@ -32,7 +33,6 @@ constexpr int kMostLayers = 32;
 constexpr int kMostSegments = 16;
 constexpr int kPartBytes = 16 << 20;    // of the partial sums of one grid, at most
 constexpr int kBlocksWanted = 2 * 132;  // of the low-resolution sums
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 struct Entry {  // a layer; strides and depth count 16 bytes
@@ -108,15 +108,6 @@ DIFFSEG_DEVICE void copy_chunk(unsigned char* stage, const Entry& layer, int bat
 template <int kChunk>
 DIFFSEG_DEVICE int chunks_of(const Entry& layer) {
     return ceil_div(layer.depth, kChunk / 16);
-}
-
-// The nearest tf32 to each of four float32, and what is left, as tf32 too.
-DIFFSEG_DEVICE void split_tf32(const uint32_t (&value)[4], uint32_t (&high)[4], uint32_t (&low)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        high[i] = (value[i] + 0x1000u) & 0xffffe000u;
-        low[i] = to_bits(from_bits(value[i]) - from_bits(high[i]));
-    }
 }
 
 // scores += Q K^T over 32 bytes of channels: fragments of rows i, j.
@@ -318,18 +309,6 @@ __global__ void __launch_bounds__(kThreads, 1) sum_scores_kernel(const __grid_co
     }
     store_tile(table, segment, batch, row, column, total);
 }
-
-// The largest exponent of a row that a thread has seen, and the sum of powers relative to it.
-struct Online {
-    float largest = -1e30f;  // finite: what lies outside is -infinity, and the difference must not be NaN
-    float sum = 0;
-
-    DIFFSEG_DEVICE void merge(float other_largest, float other_sum) {
-        const float larger = fmaxf(largest, other_largest);
-        sum = sum * exp2_approximate(largest - larger) + other_sum * exp2_approximate(other_largest - larger);
-        largest = larger;
-    }
-};
 
 // Takes a tile's scores of a thread's row `r` into account.
 DIFFSEG_DEVICE void add_scores(Online& online, const Scores& scores, int r, float scale, int column, int cells) {

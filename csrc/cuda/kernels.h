@@ -23,8 +23,8 @@ struct View {
     int64_t batch, head, row;
 };
 
-// Self-attention of a layer. Rows of queries and keys start at multiples of 16 bytes, and `depth` channels, a multiple
-// of 16 bytes, are theirs to read (zeros beyond the head's own).
+// Attention of a layer. Rows of queries and keys start at multiples of 16 bytes, and `depth` channels, a multiple of 16
+// bytes, are theirs to read (zeros beyond the head's own).
 struct Layer {
     View queries, keys;
     const float* logsumexps;  // [batch, heads, n], or null: computed
@@ -32,6 +32,12 @@ struct Layer {
     Grid grid;
     float scale;  // of the scores
     float ratio;  // R_k
+};
+
+// Words of a text, as shares of its tokens.
+struct Words {
+    const float* shares;  // [batch, count, tokens]
+    int count, tokens;
 };
 
 struct MapLayer {
@@ -74,5 +80,16 @@ void merge(const View& attention, Type type, int batch, int cells, const MergeOp
 
 // maps [batch, length, N] (strides as of heads: its row stride is not used); winner [batch, size.height, size.width].
 void label(const View& maps, const int32_t* counts, int32_t* winner, int batch, Grid grid, Grid size, Stream stream);
+
+// Cross-attention: keys [batch, heads, words.tokens, d], and neither log-sum-exps nor ratios; maps [batch, words.count,
+// size.height, size.width].
+size_t aggregate_cross_workspace(const std::vector<Layer>& layers, const Words& words, int batch, Grid size);
+void aggregate_cross(const std::vector<Layer>& layers, Type type, const Words& words, int batch, Grid size, float* maps,
+                     void* workspace, Stream stream);
+
+// maps [batch, words, N], labels [batch, size.height, size.width]; scores [batch, masks, words].
+size_t score_masks_workspace(int batch, int words, Grid size, int masks);
+void score_masks(const float* maps, const int32_t* labels, float* scores, int batch, int words, Grid grid, Grid size,
+                 int masks, void* workspace, Stream stream);
 
 }  // namespace diffseg::cuda

@@ -55,6 +55,8 @@ MergeOptions make_merge_options(const std::vector<int>& anchors, const std::vect
     return {anchors, thresholds, exclusive};
 }
 
+Words make_words(uintptr_t shares, int count, int tokens) { return {pointer<const float>(shares), count, tokens}; }
+
 // Where to run: a device and a stream of it.
 struct Queue {
     int device;
@@ -87,6 +89,20 @@ void run_label(const View& maps, uintptr_t counts, uintptr_t winner, int batch, 
           {queue.stream});
 }
 
+void run_aggregate_cross(const std::vector<Layer>& layers, const std::string& dtype, const Words& words, int batch,
+                         Pair size, uintptr_t maps, uintptr_t workspace, const Queue& queue) {
+    const DeviceGuard guard(queue.device);
+    aggregate_cross(layers, type_named(dtype), words, batch, grid_of(size), pointer<float>(maps),
+                    pointer<void>(workspace), {queue.stream});
+}
+
+void run_score_masks(uintptr_t maps, uintptr_t labels, uintptr_t scores, int batch, int words, Pair grid, Pair size,
+                     int masks, uintptr_t workspace, const Queue& queue) {
+    const DeviceGuard guard(queue.device);
+    score_masks(pointer<const float>(maps), pointer<const int32_t>(labels), pointer<float>(scores), batch, words,
+                grid_of(grid), grid_of(size), masks, pointer<void>(workspace), {queue.stream});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -110,6 +126,8 @@ PYBIND11_MODULE(_cuda, module) {
     py::class_<MergeOptions>(module, "MergeOptions", py::module_local())
         .def(py::init(&make_merge_options), py::kw_only(), py::arg("anchors"), py::arg("thresholds"),
              py::arg("exclusive"));
+    py::class_<Words>(module, "Words", py::module_local(), "Shares of the tokens of a text [batch, count, tokens].")
+        .def(py::init(&make_words), py::kw_only(), py::arg("shares"), py::arg("count"), py::arg("tokens"));
     py::class_<Queue>(module, "Queue", py::module_local())
         .def(py::init([](int device, uintptr_t stream) { return Queue{device, stream}; }), py::arg("device"),
              py::arg("stream"));
@@ -120,9 +138,18 @@ PYBIND11_MODULE(_cuda, module) {
     });
     module.def("aggregate_maps_workspace", &aggregate_maps_workspace);
     module.def("merge_workspace", &merge_workspace);
+    module.def("aggregate_cross_workspace", [](const std::vector<Layer>& layers, const Words& words, int batch,
+                                               Pair size) {
+        return aggregate_cross_workspace(layers, words, batch, grid_of(size));
+    });
+    module.def("score_masks_workspace", [](int batch, int words, Pair size, int masks) {
+        return score_masks_workspace(batch, words, grid_of(size), masks);
+    });
     const py::call_guard<py::gil_scoped_release> release;
     module.def("aggregate", &run_aggregate, release);
     module.def("aggregate_maps", &run_aggregate_maps, release);
     module.def("merge", &run_merge, release);
     module.def("label", &run_label, release);
+    module.def("aggregate_cross", &run_aggregate_cross, release);
+    module.def("score_masks", &run_score_masks, release);
 }

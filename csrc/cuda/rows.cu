@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "launch.cuh"
+#include "reductions.cuh"
 
 namespace diffseg::cuda {
 namespace {
@@ -74,18 +75,6 @@ DIFFSEG_DEVICE void add_elements(float (&sum)[kVector<kType>], const void* row, 
         else
             sum[i] += from_bfloat16(static_cast<uint16_t>(parts[i / 2] >> (i % 2 * 16)));
     }
-}
-
-// The sum over the block, the same bits in every thread. `scratch` holds a float a warp.
-DIFFSEG_DEVICE float block_sum(float value, float* scratch) {
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-    sync_block();
-    float total = 0;
-    for (int warp = 0; warp < kWarps; ++warp) total += scratch[warp];
-    sync_block();
-    return total;
 }
 
 // Pieces of shared memory.
@@ -151,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
         const RowSource& source = table.sources[s];
         float factor = sum_heads<kType>(source, batch, row, segment, shared);
         if (segment.normalise) {
-            factor = block_sum(factor, shared.scratch);
+            factor = block_sum<kWarps>(factor, shared.scratch);
             factor = source.ratio / (factor < kSmallest ? kSmallest : factor);
         } else {
             factor = source.ratio;
