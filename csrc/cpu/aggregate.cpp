@@ -377,22 +377,34 @@ int64_t aggregate(const Layer* layers, int64_t count, int64_t batch, float* out,
     return bad == count ? kFinite : bad;
 }
 
-// to [n] = sum over heads of row `row` of the layer's maps; returns its mass. Four heads at a time, as streams of their
-// own, keep more of memory's latency covered than one.
+// to[j] (+)= sum over kHeads maps, `next` apart, of from[j]: streams of their own, each fetched ahead, since what two
+// cores read is bounded by how much of memory's latency they cover.
+template <int kHeads, class T>
+void add_heads(const T* from, int64_t next, int64_t length, bool first, float* __restrict to) {
+    constexpr int64_t kLine = 64 / sizeof(T), kAhead = 32 * kLine;
+    const auto heads = [=](int64_t j) {
+        float sum = widen(from[j]);
+#pragma GCC unroll 8
+        for (int head = 1; head < kHeads; ++head) sum += widen(from[head * next + j]);
+        return sum;
+    };
+    int64_t j = 0;
+    for (; j + kLine <= length; j += kLine) {
+#pragma GCC unroll 8
+        for (int head = 0; head < kHeads; ++head) __builtin_prefetch(from + head * next + j + kAhead);
+        for (int64_t i = j; i < j + kLine; ++i) to[i] = first ? heads(i) : to[i] + heads(i);
+    }
+    for (; j < length; ++j) to[j] = first ? heads(j) : to[j] + heads(j);
+}
+
+// to [n] = sum over heads of row `row` of the layer's maps; returns its mass.
 float sum_heads(const Layer& layer, int64_t item, int64_t row, const float* share, float* __restrict to) {
     const View& maps = layer.queries;
     const int64_t cells = layer.grid.cells();
-    memset(to, 0, cells * sizeof(float));
     typed(maps, item * maps.batch + row * maps.row, [&](const auto* from) {
         int64_t head = 0;
-        for (; head + 4 <= layer.heads; head += 4) {
-            const auto* first = from + head * maps.head;
-            const auto *second = first + maps.head, *third = second + maps.head, *fourth = third + maps.head;
-            for (int64_t j = 0; j < cells; ++j)
-                to[j] += (widen(first[j]) + widen(second[j])) + (widen(third[j]) + widen(fourth[j]));
-        }
-        for (; head < layer.heads; ++head)
-            for (int64_t j = 0; j < cells; ++j) to[j] += widen(from[head * maps.head + j]);
+        for (; head + 8 <= layer.heads; head += 8) add_heads<8>(from + head * maps.head, maps.head, cells, head == 0, to);
+        for (; head < layer.heads; ++head) add_heads<1>(from + head * maps.head, maps.head, cells, head == 0, to);
     });
     return total(
         cells, [=](int64_t j) { return load(to + j) * load(share + j); }, [=](int64_t j) { return to[j] * share[j]; });
