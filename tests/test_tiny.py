@@ -129,7 +129,7 @@ def test_training_refuses_bad_options(monkeypatch, tmp_path, capsys, options):
 
 @pytest.mark.parametrize("uniform", [False, True])
 def test_timesteps_are_drawn_where_they_matter(uniform):
-    drawn = train.draw_timesteps(20_000, 4, 150, uniform, np.random.default_rng(0)).numpy()
+    drawn = train.draw_timesteps(20_000, (4, 150), uniform, np.random.default_rng(0)).numpy()
     assert drawn.min() >= 0
     assert drawn.max() <= 999
     assert abs(np.mean((drawn >= 4) & (drawn < 150)) - (0.8 + 0.2 * 0.146)) < 0.02

@@ -75,16 +75,17 @@ def draw_batch(scenes: NDArray[np.uint8], batch_size: int, crop: int, rng: np.ra
     return torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def draw_timesteps(batch_size: int, first: int, last: int, uniform: bool, rng: np.random.Generator) -> torch.Tensor:
-    """Four fifths from ``first`` to ``last``, around where segmentation reads the network, the others from all.
+def draw_timesteps(batch_size: int, usual: tuple[int, int], uniform: bool, rng: np.random.Generator) -> torch.Tensor:
+    """Four fifths from ``usual``, around where segmentation reads the network, the others from all.
 
     The four fifths are log-uniform: as many from 5 to 10 as from 50 to 100; or uniform.
     """
     if uniform:
-        usual = rng.integers(first, last, batch_size)
+        drawn = rng.integers(*usual, batch_size)
     else:
-        usual = np.exp(rng.uniform(np.log(first), np.log(last), batch_size)).astype(np.int64)
-    return torch.from_numpy(np.where(rng.random(batch_size) < 0.8, usual, rng.integers(0, 1000, batch_size)))
+        first, last = np.log(usual)
+        drawn = np.exp(rng.uniform(first, last, batch_size)).astype(np.int64)
+    return torch.from_numpy(np.where(rng.random(batch_size) < 0.8, drawn, rng.integers(0, 1000, batch_size)))
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -141,7 +142,7 @@ def train(arguments: argparse.Namespace) -> None:
         for step in progress:
             rng = np.random.default_rng((arguments.seed, step))
             images = draw_batch(scenes, arguments.batch_size, arguments.crop, rng).to(device)
-            timesteps = draw_timesteps(arguments.batch_size, *arguments.timesteps, arguments.uniform, rng).to(device)
+            timesteps = draw_timesteps(arguments.batch_size, arguments.timesteps, arguments.uniform, rng).to(device)
             noise = torch.from_numpy(rng.standard_normal(images.shape, np.float32)).to(device)
             noisy = scheduler.add_noise(images, noise, timesteps)
             context = torch.zeros(arguments.batch_size, 1, unet.config.cross_attention_dim, device=device)
