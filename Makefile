@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 # One environment serves both installs; each stamp says which of them it holds.
 
-.PHONY: demo test bench sanitize lint aot ptxas clean
+.PHONY: demo test bench sanitize lint aot ptxas model clean
 
 # -P keeps the checkout's folders (kernels/ above all) from hiding installed packages.
 demo: $(VENV)/installed
@@ -31,6 +31,17 @@ sanitize: $(VENV)/tested
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	$(BIN)/python -P -m pytest -p no:faulthandler -p no:cacheprovider \
 	tests/test_cpu_aggregate.py tests/test_cpu_merge.py tests/test_cpu_label.py tests/test_cross.py
+
+# The bundled model anew, in four stages; interrupted, it goes on where it was. Its threshold is chosen at the end.
+MODEL := runs/model
+TRAIN = $(BIN)/python -P -m diffseg.tiny.train --output $(MODEL)
+model: $(VENV)/tested
+	$(TRAIN)/1 --timesteps 50 500 --uniform
+	$(TRAIN)/2 --timesteps 50 500 --uniform --initial $(MODEL)/1/model \
+	--steps 900 --scenes 9000 --learning-rate 6e-4 --seed 2
+	$(TRAIN)/3 --bf16 --initial $(MODEL)/2/model --steps 400 --scenes 3000 --learning-rate 8e-4 --seed 5
+	$(TRAIN)/4 --bf16 --initial $(MODEL)/3/model --steps 1500 --scenes 6000 --learning-rate 8e-4 --seed 7
+	$(BIN)/python -P -m diffseg.tiny.report --choose --scenes 50 --model $(MODEL)/4/model
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check .

@@ -72,11 +72,9 @@ def test_choosing(pipe, monkeypatch):
     assert max(accuracies, key=accuracies.get) == (timestep, threshold)
 
 
-def run_training(monkeypatch, output, *, stop_after=None):
-    monkeypatch.setattr(
-        sys, "argv",
-        f"train --output {output} --steps 4 --batch-size 2 --scenes 3 --checkpoint-every 2".split(),
-    )  # fmt: skip
+def run_training(monkeypatch, output, *options, stop_after=None):
+    command = f"train --output {output} --steps 4 --batch-size 2 --scenes 3 --checkpoint-every 2"
+    monkeypatch.setattr(sys, "argv", [*command.split(), *options])
     if stop_after is None:
         train.main()
         return
@@ -105,6 +103,39 @@ def test_training_resumes_to_the_same_weights(monkeypatch, tmp_path):
         assert torch.equal(one, other), name
     labels = whole(np.zeros((64, 64, 3), np.uint8)).labels[0]
     assert labels.shape == (64, 64)
+
+
+def test_training_leaves_its_schedule_and_goes_on(monkeypatch, tmp_path):
+    run_training(monkeypatch, tmp_path / "whole")
+    run_training(monkeypatch, tmp_path / "parts", "--stop", "3")
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 3
+    early = diffseg.DiffSegPipeline.from_pretrained(tmp_path / "parts" / "model").unet.state_dict()
+    run_training(monkeypatch, tmp_path / "parts")
+    whole, parts = (
+        diffseg.DiffSegPipeline.from_pretrained(tmp_path / each / "model").unet.state_dict()
+        for each in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert any(not torch.equal(whole[name], early[name]) for name in whole)
+
+
+@pytest.mark.parametrize("options", [["--timesteps", "0", "9"], ["--timesteps", "9", "9"], ["--stop", "0"]])
+def test_training_refuses_bad_options(monkeypatch, tmp_path, capsys, options):
+    with pytest.raises(SystemExit):
+        run_training(monkeypatch, tmp_path, *options)
+    assert f"{options[0]}: expected" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_timesteps_are_drawn_where_they_matter(uniform):
+    drawn = train.draw_timesteps(20_000, (4, 150), uniform, np.random.default_rng(0)).numpy()
+    assert drawn.min() >= 0
+    assert drawn.max() <= 999
+    assert abs(np.mean((drawn >= 4) & (drawn < 150)) - (0.8 + 0.2 * 0.146)) < 0.02
+    usual = drawn[(drawn >= 4) & (drawn < 150)]
+    middle = 77 if uniform else np.sqrt(4 * 150)  # half of them on either side
+    assert abs(np.mean(usual < middle) - 0.5) < 0.05
 
 
 def test_training_refuses_another_runs_checkpoint(monkeypatch, tmp_path):
