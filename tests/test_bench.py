@@ -248,6 +248,7 @@ class TestPasses:
         (["merge", "--batch", "0"], "--batch: expected at least 1, got 0"),
         (["merge", "--published", "nowhere"], "--published: expected a folder, got nowhere"),
         (["pipeline", "--model", "nowhere"], "--model: expected a folder, got nowhere"),
+        (["merge", "--compare", "a", "b"], "--compare: expected no STAGE with it, got 'merge'"),
         (["merge", "--plot", "out.bmp"], "--plot: expected a name that ends in .png or .svg, got out.bmp"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 
 from ..loading import UsageError
 from ..reference import Grid
-from . import ceilings, plot, report
+from . import ceilings, compare, plot, report
 from .networks import ARCHITECTURES
 from .run import Journal, Record, check_backends, run_rows
 from .suite import STAGES, Settings
@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help=f"over all rows, each in a fresh process; one gives no bounds (default: {PASSES}, on cuda {GPU_PASSES})",
+    )
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar="JSON", help="measure nothing: whether two runs agree, else status 1"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write what was measured, after every row")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw it, as .png or .svg (needs matplotlib)")
@@ -111,6 +114,10 @@ def run(options: argparse.Namespace) -> int:
 
     Ends with status 1 if a result is wrong, 130 if interrupted; --json then still holds every row that was measured.
     """
+    if options.compare is not None:
+        if options.stages:
+            raise UsageError(f"--compare: expected no STAGE with it, got {options.stages[0]!r}")
+        return compare.run(*options.compare)
     settings = settings_of(options)
     if options.plot is not None:
         try:
