@@ -2,6 +2,7 @@
 # Builds, tests and measures on a machine with an NVIDIA GPU of capability 9.0; each phase takes less than 8 minutes.
 # It needs Python 3.10 or later with PyTorch, Triton, setuptools, pybind11 and pytest, and nvcc; no network. Wheels that
 # the machine lacks (diffusers, say) are taken from wheels/ at the root of the checkout, if that folder exists.
+# bench measures the stage in ${PASSES:-3} passes, the rest in ${PASSES:-1}: one pass is quick and gives no bounds.
 # Results: ${OUT:-benchmarks/results/device}; JSON is written after every row, so an interrupted phase keeps its rows.
 set -uo pipefail
 
@@ -71,13 +72,14 @@ run_build_test() {
 
 run_bench() {
     local status=0
-    bench stage segment aggregate merge label --case sd14 --seconds 1 || status=$?
-    bench rounds round1 rounds merge --case noise sd14 --seconds 0.5 || status=$?
-    bench calls call maps --seconds 0.3 || status=$?
-    bench batches segment --case sd14 --batch 4 8 --seconds 0.5 || status=$?
-    bench sizes segment --case sd14 --size 320 768 1024 --seconds 0.5 || status=$?
+    bench stage segment aggregate merge label --case sd14 --seconds 1 --passes "${PASSES:-3}" || status=$?
+    bench rounds round1 rounds merge --case noise sd14 --seconds 0.5 --passes "${PASSES:-1}" || status=$?
+    bench calls call maps --seconds 0.3 --passes "${PASSES:-1}" || status=$?
+    bench batches segment --case sd14 --batch 4 8 --seconds 0.5 --passes "${PASSES:-1}" || status=$?
+    bench sizes segment --case sd14 --size 320 768 1024 --seconds 0.5 --passes "${PASSES:-1}" || status=$?
     if "$python" -c "import diffusers" 2>/dev/null; then
-        bench pipeline pipeline capture --architecture sd14 --batch 1 4 8 --seconds 2 || status=$?
+        bench pipeline pipeline capture --architecture sd14 --batch 1 4 8 --seconds 2 --passes "${PASSES:-1}" ||
+            status=$?
     fi
     return $status
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import subprocess
 import sys
 import textwrap
@@ -17,12 +18,12 @@ import torch
 
 import diffseg
 from diffseg import cli
-from diffseg.bench import cases, ceilings, command, gates, peers, plot, report, run, suite, timing
+from diffseg.bench import cases, ceilings, command, gates, passes, peers, plot, report, run, suite, timing
 from diffseg.bench.cases import Unavailable
 from diffseg.bench.cost import Ceilings, Layer
 from diffseg.bench.published import Published
 from diffseg.bench.suite import Row, Settings, Suite
-from diffseg.bench.timing import Contender, Spread, Timed, Timer
+from diffseg.bench.timing import Contender, Timed, Timer
 from diffseg.loading import UsageError
 
 CPU = torch.device("cpu")
@@ -40,8 +41,8 @@ def timer() -> Timer:
     return Timer(CPU, 0.01)
 
 
-def bench(*words: str) -> int:
-    return cli.main(["bench", *words, "--size", "128", "--seconds", "0.005"])
+def bench(*words: str, passes: int = 1) -> int:
+    return cli.main(["bench", *words, "--size", "128", "--seconds", "0.005", "--passes", str(passes)])
 
 
 def contents(path: Path) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def test_a_run_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.Cap
     assert (subject["name"], subject["role"], subject["checked"]) == ("cpu", "subject", True)
     assert [each["name"] for each in baselines] == ["eager, host walk", "eager, device walk"]
     for each in (subject, *baselines):
-        assert len(each["samples"]) >= 3
+        assert [len(samples) for samples in each["samples"]] == [3]
         assert each["cold_seconds"] > 0
         assert each["seconds"]["p20"] <= each["seconds"]["median"] <= each["seconds"]["p80"]
         assert each["floor_share"] == pytest.approx(found["rows"][0]["floor_seconds"] / each["seconds"]["median"])
@@ -142,8 +143,100 @@ def test_interrupting_keeps_what_was_measured(
     path = tmp_path / "out.json"
     assert bench("merge", "label", "--case", "thin", "--json", str(path)) == 130
     assert [row["stage"] for row in contents(path)["rows"]] == ["merge"]
-    assert "interrupted after 1 rows" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.count("merge thin 128x128") == 1
+    assert "interrupted after 1 rows" in printed
     assert [each.name for each in tmp_path.iterdir()] == ["out.json"]
+
+
+class TestPasses:
+    def test_every_pass_runs_every_row_in_a_process_of_its_own(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "out.json"
+        assert bench("merge", "label", "--case", "noise", "--json", str(path), passes=3) == 0
+        found = contents(path)
+        assert (found["format"], found["passes"]) == (2, 3)
+        for row in found["rows"]:
+            assert len(row["elapsed_seconds"]) == 3
+            for each in row["contenders"]:
+                assert [len(samples) for samples in each["samples"]] == [1, 1, 1]
+                faster = each["times_faster"]
+                assert faster["low"] <= faster["median"] <= faster["high"]
+        printed = capsys.readouterr().out
+        assert "3 passes, each in a process of its own" in printed
+        subject = found["rows"][0]["contenders"][0]["times_faster"]
+        assert f"{report.factor(subject['low'])} to {report.factor(subject['high'])}" in printed
+
+    def test_interrupting_one_keeps_the_passes_before(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        add_pass = run.add_pass
+
+        def interrupted(record: dict[str, Any], outcome: passes.Outcome, number: int) -> None:
+            if record["stage"] == "label":
+                raise KeyboardInterrupt
+            add_pass(record, outcome, number)
+
+        monkeypatch.setattr(run, "add_pass", interrupted)
+        path = tmp_path / "out.json"
+        assert bench("merge", "label", "rounds", "--case", "noise", "--json", str(path), passes=3) == 130
+        merge, label, _ = contents(path)["rows"]
+        assert [len(row["contenders"][0]["samples"]) for row in (merge, label)] == [2, 1]
+        assert merge["contenders"][0]["times_faster"]["low"] is not None
+        assert label["contenders"][0]["times_faster"]["low"] is None
+        printed = capsys.readouterr().out
+        assert [printed.count(f"{stage} noise 128x128") for stage in ("merge", "label")] == [1, 1]
+        assert "interrupted after 1 of 3 passes" in printed
+        assert not multiprocessing.active_children()
+
+    def test_a_process_that_dies_fails_its_row_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        add_pass = run.add_pass
+        killed = []
+
+        def killing(record: dict[str, Any], outcome: passes.Outcome, number: int) -> None:
+            add_pass(record, outcome, number)
+            if not killed:
+                killed.extend(multiprocessing.active_children())
+                killed[0].kill()
+                killed[0].join()
+
+        monkeypatch.setattr(run, "add_pass", killing)
+        path = tmp_path / "out.json"
+        assert bench("label", "call", "--case", "noise", "--json", str(path), passes=2) == 1
+        states = [(row["state"], row.get("reason")) for row in contents(path)["rows"]]
+        assert states.count(("failed", "pass 2: its process ended with status -9")) == 1
+        assert [state for state, _ in states].count("measured") == len(states) - 1
+
+    def test_one_that_cannot_run_is_missing_and_one_that_errs_fails(
+        self, monkeypatch: pytest.MonkeyPatch, timer: Timer
+    ) -> None:
+        def out_of_memory(row: Row) -> suite.Plan:
+            raise RuntimeError("no memory")
+
+        row = Row("label", "noise", (128, 128))
+        with Suite(Settings()) as made:
+            record = run.run_row(made, row, timer, LIMITS)
+            task = passes.Task(0, row, {each["name"]: each["call_seconds"] for each in record["contenders"]})
+            outcome = passes.measure(made, timer, task, 1)
+            assert outcome.samples.keys() == {"cpu", "eager"}
+            run.add_pass(record, outcome, 1)
+            monkeypatch.setattr(suite, "memory_free", lambda device: 0.0)
+            run.add_pass(record, passes.measure(made, timer, task, 2), 2)
+            assert record["notes"][-1].startswith("pass 3 is missing: it needs about 0 GiB")
+            assert [len(each["samples"]) for each in record["contenders"]] == [2, 2]
+            monkeypatch.setattr(made, "plan", out_of_memory)
+            run.add_pass(record, passes.measure(made, timer, task, 3), 3)
+        assert (record["state"], record["reason"]) == ("failed", "pass 4: RuntimeError: no memory")
+
+    def test_gates_are_not_asked_again(self, monkeypatch: pytest.MonkeyPatch, timer: Timer) -> None:
+        row = Row("merge", "noise", (128, 128))
+        monkeypatch.setattr(gates, "divergences", lambda *_: pytest.fail("the oracle was asked"))
+        monkeypatch.setattr(suite.gates, "_check_agreement", lambda *_: pytest.fail("a gate was asked"))
+        with Suite(Settings()) as made:
+            outcome = passes.measure(made, timer, passes.Task(0, row, {"cpu": 1e-3, "eager, host walk": 1e-3}), 1)
+        assert outcome.failure is None
+        assert outcome.samples.keys() == {"cpu", "eager, host walk"}
 
 
 @pytest.mark.parametrize(
@@ -155,6 +248,7 @@ def test_interrupting_keeps_what_was_measured(
         (["merge", "--batch", "0"], "--batch: expected at least 1, got 0"),
         (["merge", "--published", "nowhere"], "--published: expected a folder, got nowhere"),
         (["pipeline", "--model", "nowhere"], "--model: expected a folder, got nowhere"),
+        (["merge", "--compare", "a", "b"], "--compare: expected no STAGE with it, got 'merge'"),
         (["merge", "--plot", "out.bmp"], "--plot: expected a name that ends in .png or .svg, got out.bmp"),
     ],
 )
@@ -176,15 +270,23 @@ def test_a_backend_asked_for_by_name_says_why_it_cannot_run() -> None:
         command.parse("merge --backend triton")
 
 
-def test_the_subset_and_the_stages() -> None:
-    with Suite(Settings()) as made:
+@pytest.mark.parametrize(
+    ("words", "sides", "anchors"),
+    [("", [24, 32, 48], {4, 8, 16}), ("growth", [24, 32, 48, 64, 96], {4, 8, 16, 32})],
+)
+def test_the_subset_and_growth(words: str, sides: list[int], anchors: set[int]) -> None:
+    with Suite(command.parse(words)) as made:
         rows = list(made.rows())
-    assert {row.stage for row in rows} == set(suite.STAGES) - {"growth", "folder"}
-    assert {row.series for row in rows} == {"", "cells", "anchors"}
-    with Suite(command.parse("growth")) as made:
-        rows = list(made.rows())
-    assert [row.grid[0] for row in rows if row.stage == "merge" and row.series == "cells"] == [32, 48, 64, 96]
-    assert [row.anchors for row in rows if row.series == "anchors"] == [8, 16, 32]
+    if not words:
+        assert {row.stage for row in rows} == set(suite.STAGES) - {"growth", "folder"}
+    assert len(set(map(str, rows))) == len(rows)
+    for stage in ("aggregate", "merge"):
+        assert [row.grid[0] for row in rows if row.stage == stage and "cells" in row.series] == sides
+    assert {row.anchors for row in rows if "anchors" in row.series} == anchors
+    assert len({row.size for row in rows if "anchors" in row.series}) == 1
+
+
+def test_sizes_and_batches_multiply() -> None:
     with Suite(command.parse("merge label --size 320 512 --batch 1 4 --case noise")) as made:
         assert len(list(made.rows())) == 8
 
@@ -222,18 +324,65 @@ def test_rounds_are_differences() -> None:
     whole = Contender("a", "baseline", lambda _: calls.append("whole"), minus=lambda _: calls.append("part"))
     timed, _ = Timer(CPU, 0.0).first(whole, None)
     calls.clear()
+    timed.seconds = 1.0
     Timer(CPU, 0.0).race([timed], [None])
-    assert calls.count("part") >= 3
+    assert calls == ["whole", "part"] * 3
     assert all(abs(sample) < 0.1 for sample in timed.samples)
 
 
-def test_ratio_is_taken_round_by_round() -> None:
-    slow, fast = (Timed(Contender(name, "subject", lambda _: None)) for name in "ab")
-    slow.samples, fast.samples = [2.0, 40.0, 6.0], [1.0, 10.0, 3.0, 100.0]  # the second round was disturbed
-    assert timing.ratio(fast, slow) == Spread(2.0, pytest.approx(2.0), pytest.approx(3.2))
-    slow.samples = [-1.0, -2.0, 6.0]  # differences, drowned
-    assert timing.ratio(fast, slow) is None
-    assert timing.percentile([1.0, 2.0, 3.0, 4.0, 5.0], 20) == pytest.approx(1.8)
+def raced(seconds: dict[str, float], *, total: float = 0.0, passes: int = 1, number: int = 0) -> list[str]:
+    """The calls of a race between contenders that take ``seconds``, they say."""
+    calls: list[str] = []
+    timed = [
+        Timed(Contender(name, "subject", lambda _, name=name: calls.append(name)), seconds=each)
+        for name, each in seconds.items()
+    ]
+    Timer(CPU, total, passes).race(timed, [None], number)
+    return calls
+
+
+def test_rounds_alternate_and_passes_begin_with_another() -> None:
+    seconds = {"a": 0.1, "b": 0.1}
+    assert "".join(raced(seconds)) == "abbaab"
+    assert "".join(raced(seconds, passes=3)) == "ab"
+    assert "".join(raced(seconds, passes=3, number=1)) == "ba"
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.9, 3), (1.1, 2), (5.1, 1)])
+def test_long_calls_get_fewer_rounds(seconds: float, expected: int) -> None:
+    assert len(raced({"a": seconds})) == expected
+    assert len(raced({"a": seconds}, passes=2)) == math.ceil(expected / 2)
+    assert len(raced({"a": seconds}, total=20 * seconds)) == 20
+    assert len(raced({"a": seconds}, total=20 * seconds, passes=3)) == 7
+    assert len(raced({"a": seconds}, total=1e6)) == 24
+
+
+def test_short_calls_are_repeated_after_calls_that_are_not_timed() -> None:
+    assert len(raced({"a": 1e-3}, passes=3)) == 10 + 5
+    assert raced({"a": 0.01, "b": 0.48}, passes=3) == ["a"] * (3 + 1) + ["b"]
+
+
+def test_fresh_processes_warm_short_calls_up() -> None:
+    calls: list[str] = []
+    timed = [
+        Timed(Contender(name, "subject", lambda _, name=name: calls.append(name)), seconds=seconds)
+        for name, seconds in {"short": 0.1, "long": 0.3}.items()
+    ]
+    timed.append(Timed(Contender("jit", "peer", lambda _: calls.append("jit"), compiles=True), seconds=0.3))
+    Timer(CPU, 0.0).warm_up(timed, [None])
+    assert calls == ["short", "jit"]
+
+
+def test_a_first_call_that_compiles_says_nothing_about_the_next() -> None:
+    calls: list[str] = []
+    timed = [
+        Timed(Contender(name, "peer", lambda _, name=name: calls.append(name), compiles=name == "jit"), cold=3.0)
+        for name in ("jit", "long")
+    ]
+    Timer(CPU, 0.0).size_up(timed, [None])
+    assert timed[0].seconds < 0.1
+    assert timed[1].seconds == 3.0
+    assert set(calls) == {"jit"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -381,11 +530,13 @@ def test_plot(tmp_path: Path) -> None:
     with Suite(Settings()) as made:
         for row in (
             Row("merge", "noise", (128, 128)),
-            *(Row("merge", "thin", (side, side), series="cells") for side in (128, 192)),
-            *(Row("merge", "thin", (128, 128), anchors=side, series="anchors") for side in (4, 8)),
+            Row("merge", "thin", (128, 128), series=("cells",)),
+            Row("merge", "thin", (192, 192), series=("cells", "anchors")),
+            *(Row("merge", "thin", (192, 192), anchors=side, series=("anchors",)) for side in (4, 8)),
         ):
             rows.append(run.run_row(made, row, Timer(CPU, 0.0), LIMITS))
-    rows.append({"state": "failed", "series": "", "name": "x"})
+    rows[0]["contenders"][0]["times_faster"] = {"median": 2.0, "low": 1.5, "high": 3.0}
+    rows.append({"state": "failed", "series": [], "name": "x"})
     for name in ("out.png", "out.svg"):
         plot.save(rows, "a machine", tmp_path / name)
         assert (tmp_path / name).stat().st_size > 5000

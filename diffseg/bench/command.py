@@ -12,13 +12,14 @@ import torch
 
 from ..loading import UsageError
 from ..reference import Grid
-from . import ceilings, plot, report
+from . import ceilings, compare, plot, report
 from .networks import ARCHITECTURES
 from .run import Journal, Record, check_backends, run_rows
-from .suite import STAGES, Settings, Suite
+from .suite import STAGES, Settings
 from .timing import Timer
 
-SECONDS, SUBSET_SECONDS, QUICK_SECONDS = 1.0, 0.3, 0.1
+SECONDS, SUBSET_SECONDS, QUICK_SECONDS = 1.0, 0.9, 0.1
+PASSES, GPU_PASSES = 6, 3  # starting a process takes longer on a GPU, and times there scatter less
 QUICK_SIZE = "320"
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -26,16 +27,29 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     stages = "; ".join(f"{name}: {what}" for name, what in STAGES.items())
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{stages} (default: a two-minute subset)")
+    parser.add_argument(
+        "stages", nargs="*", metavar="STAGE", help=f"{stages} (default: a subset of two and a half minutes)"
+    )
     parser.add_argument("--size", nargs="+", metavar="PIXELS", help="of images: 512 or 512x768 (default: 512)")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="B", help="images at once (default: 1)")
     parser.add_argument("--case", nargs="+", default=[], metavar="CASE", help="golden, bundled, sd14, thin or noise")
     parser.add_argument("--backend", nargs="+", default=[], metavar="NAME", help="(default: all that can run)")
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=_DTYPES, help="of queries, keys and networks (default: float16 on cuda)")
-    parser.add_argument("--quick", action="store_true", help=f"size {QUICK_SIZE}, fewest samples")
+    parser.add_argument("--quick", action="store_true", help=f"size {QUICK_SIZE}, fewest samples, one pass")
     parser.add_argument(
-        "--seconds", type=float, help=f"of sampling a contender (default: {SECONDS}, in the subset {SUBSET_SECONDS})"
+        "--seconds",
+        type=float,
+        help=f"of sampling a contender in all passes (default: {SECONDS}, in the subset {SUBSET_SECONDS})",
+    )
+    parser.add_argument(
+        "--passes",
+        type=int,
+        metavar="N",
+        help=f"over all rows, each in a fresh process; one gives no bounds (default: {PASSES}, on cuda {GPU_PASSES})",
+    )
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar="JSON", help="measure nothing: whether two runs agree, else status 1"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write what was measured, after every row")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw it, as .png or .svg (needs matplotlib)")
@@ -53,6 +67,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
     if unknown:
         raise UsageError(f"STAGE: expected some of {', '.join(STAGES)}, got {unknown[0]!r}")
     device = _device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if options.passes is not None and options.passes < 1:
+        raise UsageError(f"--passes: expected at least 1, got {options.passes}")
     if min(options.batch) < 1:
         raise UsageError(f"--batch: expected at least 1, got {min(options.batch)}")
     if options.published is not None and not options.published.is_dir():
@@ -98,6 +114,10 @@ def run(options: argparse.Namespace) -> int:
 
     Ends with status 1 if a result is wrong, 130 if interrupted; --json then still holds every row that was measured.
     """
+    if options.compare is not None:
+        if options.stages:
+            raise UsageError(f"--compare: expected no STAGE with it, got {options.stages[0]!r}")
+        return compare.run(*options.compare)
     settings = settings_of(options)
     if options.plot is not None:
         try:
@@ -107,24 +127,37 @@ def run(options: argparse.Namespace) -> int:
     for path in (options.json, options.plot):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+    timer = _timer(options, settings)
     limits = ceilings.measure(settings.device)
-    journal = Journal(options.json, command_line(options), settings.device, limits)
+    journal = Journal(options.json, command_line(options), settings.device, limits, timer.passes)
     line = ceilings.machine_line(journal.contents["machine"])
     print(report.header(journal.contents, line), flush=True)
-    seconds = options.seconds or (QUICK_SECONDS if options.quick else SUBSET_SECONDS if settings.subset else SECONDS)
     interrupted = False
     try:
-        with Suite(settings) as suite, torch.no_grad():
-            run_rows(suite, Timer(settings.device, seconds), limits, journal, _show)
+        with torch.no_grad():
+            run_rows(settings, timer, limits, journal, _show)
     except KeyboardInterrupt:
         interrupted = True
-        print(f"\ninterrupted after {len(journal.contents['rows'])} rows")
+        print(f"\n{_interrupted(journal.contents)}")
     if options.plot is not None and any(row["state"] == "measured" for row in journal.contents["rows"]):
         plot.save(journal.contents["rows"], line, options.plot)
     if journal.failed:
         print(f"\n{len(journal.failed)} of {len(journal.contents['rows'])} rows FAILED")
         return 1
     return 130 if interrupted else 0
+
+
+def _interrupted(contents: Record) -> str:
+    passes = [len(row["elapsed_seconds"]) for row in contents["rows"] if row["state"] == "measured"]
+    if max(passes, default=0) > 1:
+        return f"interrupted after {min(passes)} of {contents['passes']} passes"
+    return f"interrupted after {len(contents['rows'])} rows"
+
+
+def _timer(options: argparse.Namespace, settings: Settings) -> Timer:
+    seconds = options.seconds or (QUICK_SECONDS if options.quick else SUBSET_SECONDS if settings.subset else SECONDS)
+    passes = options.passes or (1 if options.quick else GPU_PASSES if settings.device.type == "cuda" else PASSES)
+    return Timer(settings.device, seconds, passes)
 
 
 def command_line(options: argparse.Namespace) -> list[str]:

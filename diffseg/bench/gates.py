@@ -1,13 +1,15 @@
 """What a result must satisfy before it is timed: the exactness contract, against float64.
 
-The first and the last image of a batch are checked.
+The first and the last image of a batch are checked. What a gate compares with is computed when it is first asked: a
+pass that does not check does not pay for it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache, wraps
+from typing import Any, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +27,23 @@ _ROWS = 48  # of A_f that are computed in float64
 
 Gate = Callable[[Any], None]
 
+P = ParamSpec("P")
+
 
 class GateError(Exception):
     """A result that must not be timed; says what is wrong."""
 
 
+def _made_when_asked(make: Callable[P, Gate]) -> Callable[P, Gate]:
+    @wraps(make)
+    def promise(*args: P.args, **kwargs: P.kwargs) -> Gate:
+        made = cache(lambda: make(*args, **kwargs))
+        return lambda found: made()(found)
+
+    return promise
+
+
+@_made_when_asked
 def attention_gate(case: Case, maps: Sequence[Tensor] | None = None) -> Gate:
     """A_f: every row sums to 1, and some rows, drawn anew each time, equal the oracle's."""
     ratios = ops.resolve_weights("proportional", case.grids)
@@ -53,8 +67,10 @@ def attention_gate(case: Case, maps: Sequence[Tensor] | None = None) -> Gate:
     return gate
 
 
-def entries_gate(expected: Tensor) -> Gate:
-    """Every entry as in ``expected``, float64."""
+@_made_when_asked
+def entries_gate(compute: Callable[[], Tensor]) -> Gate:
+    """Every entry as in a computed tensor, float64."""
+    expected = compute()
 
     def gate(found: Tensor) -> None:
         if found.shape != expected.shape:
@@ -86,24 +102,21 @@ def _oracle_rows(case: Case, maps: Sequence[Tensor] | None, ratios: Sequence[flo
     return total
 
 
-def first_round_gate(attention: Tensor, grid: Grid, anchors: Sequence[int], threshold: float) -> tuple[Gate, float]:
-    """Means over the maps within ``threshold``, and the share of pairs that match.
+@_made_when_asked
+def first_round_gate(attention: Tensor, anchors: Sequence[int], threshold: float) -> Gate:
+    """Means over the maps within ``threshold``.
 
     A pair inside the band of the contract may go either way: it moves a mean by no more than its share of the group.
     """
-    index = torch.tensor(anchors, device=attention.device)
     items = _items(len(attention))
-    expected, shares, density = [], [], 0.0
+    expected, shares = [], []
     for item in items:
         maps = attention[item].double()
-        exact = divergences(maps[index], maps)
-        near = exact < threshold
-        near[torch.arange(len(index), device=near.device), index] = True
+        near, exact = _near(maps, anchors, threshold)
         sizes = near.sum(-1, keepdim=True)
         band = (exact - threshold).abs() < max(1e-4, 1e-3 * threshold)
         expected.append(near.double() @ maps / sizes)
         shares.append(band.sum(-1) / sizes[:, 0])
-        density += float(near.double().mean()) / len(items)
 
     def gate(found: ops.Proposals) -> None:
         for item, exact, share in zip(items, expected, shares, strict=True):
@@ -112,17 +125,33 @@ def first_round_gate(attention: Tensor, grid: Grid, anchors: Sequence[int], thre
             if not bool((off <= 2.1 * share + 1e-4).all()):
                 raise GateError(f"image {item}: a mean of round 1 is {float(off.max()):.2g} off the oracle's")
 
-    return gate, density
+    return gate
+
+
+def density(attention: Tensor, anchors: Sequence[int], threshold: float) -> float:
+    """The share of pairs that match in round 1, in float32: a description, no check."""
+    near = [_near(attention[item].float(), anchors, threshold)[0] for item in _items(len(attention))]
+    return float(torch.stack(near).double().mean())
+
+
+def _near(maps: Tensor, anchors: Sequence[int], threshold: float) -> tuple[Tensor, Tensor]:
+    """Which maps each anchor takes in round 1, and all divergences, [P, N]."""
+    index = torch.tensor(anchors, device=maps.device)
+    exact = divergences(maps[index], maps)
+    near = exact < threshold
+    near[torch.arange(len(index), device=near.device), index] = True
+    return near, exact
 
 
 def divergences(first: Tensor, second: Tensor) -> Tensor:
-    """D in float64: [P, N], [F, N] -> [P, F]."""
-    first, second = first.double().clamp_min(1e-30), second.double().clamp_min(1e-30)
+    """D: [P, N], [F, N] -> [P, F]."""
+    first, second = first.clamp_min(1e-30), second.clamp_min(1e-30)
     log_first, log_second = first.log(), second.log()
     entropies = (first * log_first).sum(-1)[:, None] + (second * log_second).sum(-1)
     return (entropies - first @ log_second.mT - log_first @ second.mT) / 2
 
 
+@_made_when_asked
 def merge_gate(
     attention: Tensor, grid: Grid, size: Grid, anchors: Sequence[int], thresholds: Sequence[float], rule: Any
 ) -> Gate:
@@ -141,6 +170,7 @@ def merge_gate(
     return gate
 
 
+@_made_when_asked
 def label_gate(proposals: ops.Proposals, size: Grid) -> Gate:
     """Winners: the oracle's but where the two best are within the margin."""
     items = _items(len(proposals.maps))
@@ -163,8 +193,10 @@ def label_gate(proposals: ops.Proposals, size: Grid) -> Gate:
     return gate
 
 
-def labels_gate(expected: Tensor) -> Gate:
-    """Label maps that agree with ``expected`` under the best renaming."""
+@_made_when_asked
+def labels_gate(compute: Callable[[], Tensor]) -> Gate:
+    """Label maps that agree with computed ones under the best renaming."""
+    expected = compute()
     items = _items(len(expected))
 
     def gate(found: Any) -> None:

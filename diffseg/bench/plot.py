@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def save(rows: list[Record], title: str, path: Path) -> None:
         for draw, chosen in (
             (_bars, plain),
             (_shares, [row for row in plain if row["floor_seconds"]]),
-            (_growth, [row for row in measured if row["series"] == "cells"]),
-            (_growth, [row for row in measured if row["series"] == "anchors"]),
+            (partial(_growth, series="cells"), [row for row in measured if "cells" in row["series"]]),
+            (partial(_growth, series="anchors"), [row for row in measured if "anchors" in row["series"]]),
         )
         if chosen
     ]
@@ -56,14 +57,14 @@ def _bars(axis: Any, rows: list[Record]) -> None:
     for row in rows:
         for entry in row["contenders"]:
             faster = entry["times_faster"]
-            if entry["role"] == "subject" and faster["median"]:
+            if entry["role"] == "subject" and faster is not None:
                 names.append(f"{row['name']}: {entry['name']}")
                 values.append(faster["median"])
-                low.append(max(0.0, faster["median"] - faster["p20"]))
-                high.append(max(0.0, faster["p80"] - faster["median"]))
+                low.append(faster["median"] - (faster["low"] or faster["median"]))
+                high.append((faster["high"] or faster["median"]) - faster["median"])
     axis.barh(names, values, xerr=[low, high], color="tab:blue", ecolor="0.3", capsize=2)
     axis.axvline(1, color="0.5", linewidth=1)
-    axis.set_xlabel("times faster than the row's baseline (bars: median, lines: 20th to 80th percentile)")
+    axis.set_xlabel("times faster than the row's baseline (lines: where another run finds it)")
     axis.tick_params(axis="y", labelsize=7)
     axis.invert_yaxis()
 
@@ -81,8 +82,8 @@ def _shares(axis: Any, rows: list[Record]) -> None:
     axis.invert_yaxis()
 
 
-def _growth(axis: Any, rows: list[Record]) -> None:
-    cells = rows[0]["series"] == "cells"
+def _growth(axis: Any, rows: list[Record], series: str) -> None:
+    cells = series == "cells"
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         x = row["grid"][0] if cells else row["anchors"]

@@ -7,7 +7,7 @@ from typing import Any
 
 Record = dict[str, Any]
 
-_COLUMNS = ("", "first call", "median", "p20 to p80", "times faster", "p20 to p80", "of floor", "memory")
+_COLUMNS = ("", "first call", "median", "p20 to p80", "times faster", "another run", "of floor", "memory")
 
 
 def seconds(value: float | None) -> str:
@@ -34,19 +34,33 @@ def factor(value: float | None) -> str:
     return "" if value is None else _digits(value)
 
 
-def _comparison(value: float) -> str:
-    return f"{factor(value)} times faster" if value >= 1 else f"{factor(1 / value)} times slower"
+def bounds(found: Record | None) -> str:
+    """Between which another run finds a ratio; nothing after one pass."""
+    if found is None or found["low"] is None:
+        return ""
+    return f"{factor(found['low'])} to {factor(found['high'])}"
+
+
+def _comparison(found: Record) -> str:
+    value, low, high = found["median"], found["low"], found["high"]
+    word = "faster"
+    if value < 1:
+        word, value = "slower", 1 / value
+        low, high = (None, None) if low is None else (1 / high, 1 / low)
+    return f"{factor(value)} times {word}" + ("" if low is None else f" ({factor(low)} to {factor(high)})")
 
 
 def header(contents: Record, line: str) -> str:
     limits = contents["ceilings"]
     products = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in limits["products"].items() if value)
     exponentials = limits["exponentials"]
+    passes = contents["passes"]
     lines = [
         line,
         f"ceilings: copy {limits['copy'] / 1e9:.1f} GB/s (read + written); products {products} GFLOP/s; "
         + (f"exp {exponentials / 1e9:.2f} G/s" if exponentials else "exp not measured"),
         *(f"backend {name}: {state}" for name, state in contents["backends"].items()),
+        *([f"{passes} passes, each in a process of its own; tables come in the last one"] if passes > 1 else []),
     ]
     return "\n".join(lines)
 
@@ -63,9 +77,9 @@ def row(record: Record) -> str:
     lines += [f"  {'*' if not each['same_work'] else each['name']}: {each['note']}" for each in record["contenders"]
               if each["note"]]  # fmt: skip
     lines += [
-        f"  {each['subject']}: {_comparison(each['times_faster']['median'])} than {each['peer']}"
+        f"  {each['subject']}: {_comparison(each['times_faster'])} than {each['peer']}"
         for each in record["against_peers"]
-        if each["times_faster"]["median"]
+        if each["times_faster"] is not None
     ]
     if record["stage"] == "pipeline":
         lines += [
@@ -84,8 +98,8 @@ def _cells(entry: Record, record: Record) -> tuple[str, ...]:
         seconds(entry["cold_seconds"]),
         seconds(spread["median"]),
         f"{seconds(spread['p20'])} to {seconds(spread['p80'])}",
-        "baseline" if is_baseline else factor(faster["median"]) or "lost in noise",
-        "" if is_baseline or faster["median"] is None else f"{factor(faster['p20'])} to {factor(faster['p80'])}",
+        "baseline" if is_baseline else "lost in noise" if faster is None else factor(faster["median"]),
+        "" if is_baseline else bounds(faster),
         "" if entry["floor_share"] is None else f"{entry['floor_share']:.0%}",
         amount(entry["memory_bytes"]),
     )

@@ -1,4 +1,4 @@
-"""Runs rows and keeps what was measured: the file is whole after every row."""
+"""Runs rows and keeps what was measured: the file is whole after every row of every pass."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,26 +18,33 @@ import torch
 
 from .. import __version__
 from ..backends import BACKENDS, explain_backends
-from . import ceilings
+from . import ceilings, passes
 from .cases import Unavailable
 from .cost import Ceilings
 from .gates import GateError
-from .suite import Plan, Row, Suite
-from .timing import Contender, Spread, Timed, Timer, percentile, ratio
+from .spread import Spread, percentile, ratio
+from .suite import Plan, Row, Settings, Suite
+from .timing import Contender, Timed, Timer
 
 Record = dict[str, Any]
 
+FORMAT = 2
+"""Of the file: 1 held one pass, and spreads of its rounds."""
+
 
 class Journal:
-    """What a run measured, as JSON on disk after every row where a path is given."""
+    """What a run measured, as JSON on disk after every row of every pass where a path is given."""
 
-    def __init__(self, path: Path | None, command: Sequence[str], device: torch.device, limits: Ceilings) -> None:
+    def __init__(
+        self, path: Path | None, command: Sequence[str], device: torch.device, limits: Ceilings, passes: int = 1
+    ) -> None:
         self.path = path
         self.contents: Record = {
-            "format": 1,
+            "format": FORMAT,
             "diffseg": __version__,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": ["diffseg", "bench", *command],
+            "passes": passes,
             "device": str(device),
             "machine": ceilings.machine(device),
             "ceilings": _finite({**asdict(limits), "products": dict(limits.products)}),
@@ -61,36 +69,81 @@ class Journal:
         return [record for record in self.contents["rows"] if record["state"] == "failed"]
 
 
-def run_rows(suite: Suite, timer: Timer, limits: Ceilings, journal: Journal, show: Callable[[Record], None]) -> None:
-    """Measures every row of the suite; a row whose gate fails, or that cannot run, says so and the next one follows."""
-    for row in suite.rows():
-        _progress(str(row))
-        record = run_row(suite, row, timer, limits)
-        journal.add(record)
+def run_rows(
+    settings: Settings, timer: Timer, limits: Ceilings, journal: Journal, show: Callable[[Record], None]
+) -> None:
+    """Measures every row, pass after pass. A row whose gate fails, or that cannot run, says so; the next one follows.
+
+    A row is shown after its last pass; if the run is interrupted, with what there is.
+    """
+    records: list[Record] = journal.contents["rows"]
+    shown: set[int] = set()
+
+    def finish(index: int) -> None:
+        shown.add(index)
         _progress("")
-        show(record)
+        show(records[index])
+
+    try:
+        todo = _first_pass(settings, timer, limits, journal, finish)
+        if settings.device.type == "cuda":
+            torch.cuda.empty_cache()  # for the other processes
+        for number in range(1, timer.passes):
+            todo = [task for task in todo if records[task.index]["state"] == "measured"]
+            with closing(passes.repeat(settings, timer, todo, number)) as found:
+                for index, outcome in found:
+                    add_pass(records[index], outcome, number)
+                    journal.write()
+                    _progress(f"pass {number + 1} of {timer.passes}: {records[index]['name']} is done")
+                    if records[index]["state"] == "failed" or number == timer.passes - 1:
+                        finish(index)
+    finally:
+        for index in range(len(records)):
+            if index not in shown:
+                finish(index)
+
+
+def _first_pass(
+    settings: Settings, timer: Timer, limits: Ceilings, journal: Journal, finish: Callable[[int], None]
+) -> list[passes.Task]:
+    """The pass that checks, in this process; what there is to repeat."""
+    todo = []
+    with Suite(settings) as suite:
+        for index, row in enumerate(suite.rows()):
+            _progress(f"pass 1 of {timer.passes}: {row}" if timer.passes > 1 else str(row))
+            record = run_row(suite, row, timer, limits)
+            journal.add(record)
+            if record["state"] == "measured" and timer.passes > 1:
+                seconds = {each["name"]: each["call_seconds"] for each in record["contenders"]}
+                todo.append(passes.Task(index, row, seconds))
+            else:
+                finish(index)
+    return todo
 
 
 def run_row(suite: Suite, row: Row, timer: Timer, limits: Ceilings) -> Record:
-    """Gates, then times, the contenders of a row."""
+    """Gates, then times, the contenders of a row: its first pass."""
     start = time.perf_counter()
     record: Record = {
         "name": str(row), "stage": row.stage, "case": row.case, "size": list(row.size), "grid": list(row.grid),
-        "batch": row.batch, "anchors": row.anchors, "series": row.series, "contenders": [],
+        "batch": row.batch, "anchors": row.anchors, "series": list(row.series), "contenders": [],
     }  # fmt: skip
     try:
         plan = suite.plan(row)
-        record["notes"] = plan.notes
         timed = gated(plan.contenders, plan.inputs, timer)
+        timer.size_up(timed, plan.inputs)
         timed = timer.race(timed, plan.inputs)
+        described = _described(plan, limits)
     except Unavailable as reason:
         return {**record, "state": "skipped", "reason": str(reason)}
     except GateError as error:
         return {**record, "state": "failed", "reason": str(error)}
     except (RuntimeError, ValueError, MemoryError) as error:
         return {**record, "state": "failed", "reason": f"{type(error).__name__}: {error}"}
-    record["elapsed_seconds"] = time.perf_counter() - start
-    return {**record, "state": "measured", **_figures(row, plan, timed, limits)}
+    record |= {"state": "measured", **described, "contenders": [_entry(each) for each in timed]}
+    record["elapsed_seconds"] = [time.perf_counter() - start]
+    summarise(record)
+    return record
 
 
 def gated(contenders: Sequence[Contender], inputs: Sequence[Any], timer: Timer) -> list[Timed]:
@@ -107,57 +160,78 @@ def gated(contenders: Sequence[Contender], inputs: Sequence[Any], timer: Timer) 
     return found
 
 
-def _figures(row: Row, plan: Plan, timed: Sequence[Timed], limits: Ceilings) -> Record:
-    floor = limits.floor(plan.work, plan.precision) if plan.work is not None else None
-    baselines = [each for each in timed if each.contender.role == "baseline"]
-    baseline = min(baselines, key=lambda each: (each.spread.median <= 0, each.spread.median))
+def _described(plan: Plan, limits: Ceilings) -> Record:
+    work = plan.work() if plan.work is not None else None
     return _finite({
-        "baseline": baseline.contender.name,
-        "work": asdict(plan.work) if plan.work is not None else None,
+        "notes": [note if isinstance(note, str) else note() for note in plan.notes],
+        "work": asdict(work) if work is not None else None,
         "precision": plan.precision,
-        "floor_seconds": floor,
-        "contenders": [_entry(each, baseline, row, floor) for each in timed],
-        "against_peers": _against_peers(timed),
+        "floor_seconds": limits.floor(work, plan.precision) if work is not None else None,
     })  # fmt: skip
 
 
-def _against_peers(timed: Sequence[Timed]) -> list[Record]:
-    """How many times faster the fastest subject is than each peer."""
-    subjects = [each for each in timed if each.contender.role == "subject"]
-    if not subjects:
-        return []
-    best = min(subjects, key=lambda each: each.spread.median)
-    return [
-        {"subject": best.contender.name, "peer": each.contender.name, "times_faster": _ratio(best, each)}
-        for each in timed
-        if each.contender.role == "peer"
-    ]
-
-
-def _ratio(subject: Timed, baseline: Timed) -> Record:
-    found = ratio(subject, baseline)
-    return found._asdict() if found else dict.fromkeys(Spread._fields)
-
-
-def _entry(timed: Timed, baseline: Timed, row: Row, floor: float | None) -> Record:
-    contender, spread = timed.contender, timed.spread
-    same_work = not contender.note.startswith("other work")
-    return {
+def _entry(timed: Timed) -> Record:
+    contender = timed.contender
+    return _finite({
         "name": contender.name,
         "role": contender.role,
         "mode": timed.mode,
         "checked": contender.check is not None,
-        "same_work": same_work,
-        "cold_seconds": timed.cold,
-        "seconds": spread._asdict(),
-        "p99_seconds": percentile(timed.samples, 99),
-        "images_per_second": row.batch / spread.median if spread.median > 0 else None,
-        "times_faster": _ratio(timed, baseline),
-        "floor_share": floor / spread.median if floor and same_work and spread.median > 0 else None,
-        "memory_bytes": timed.memory,
-        "samples": timed.samples,
+        "same_work": not contender.note.startswith("other work"),
         "note": contender.note,
-    }
+        "cold_seconds": timed.cold,
+        "memory_bytes": timed.memory,
+        "call_seconds": timed.seconds,
+        "samples": [timed.samples],
+    })  # fmt: skip
+
+
+def add_pass(record: Record, outcome: passes.Outcome, number: int) -> None:
+    """Adds to a row what another pass found: its samples, or why there are none."""
+    if outcome.failure is not None:
+        record |= {"state": "failed", "reason": f"pass {number + 1}: {outcome.failure}"}
+    elif outcome.obstacle is not None:
+        record["notes"].append(f"pass {number + 1} is missing: {outcome.obstacle}")
+    else:
+        for entry in record["contenders"]:
+            entry["samples"].append(outcome.samples.get(entry["name"], []))
+        record["elapsed_seconds"].append(outcome.elapsed)
+        summarise(record)
+
+
+def summarise(record: Record) -> None:
+    """Fills in what follows from the samples of a measured row."""
+    entries = record["contenders"]
+    for entry in entries:
+        samples = [each for one_pass in entry["samples"] for each in one_pass]
+        entry["seconds"] = Spread.of(samples)._asdict()
+        entry["p99_seconds"] = percentile(samples, 99)
+        median = entry["seconds"]["median"]
+        entry["images_per_second"] = record["batch"] / median if median > 0 else None
+        floor = record["floor_seconds"]
+        entry["floor_share"] = floor / median if floor and entry["same_work"] and median > 0 else None
+    baseline = min((each for each in entries if each["role"] == "baseline"), key=_order)
+    record["baseline"] = baseline["name"]
+    for entry in entries:
+        entry["times_faster"] = _ratio(entry, baseline)
+    subjects = [each for each in entries if each["role"] == "subject"]
+    best = min(subjects, key=_order) if subjects else None
+    record["against_peers"] = [
+        {"subject": best["name"], "peer": each["name"], "times_faster": _ratio(best, each)}
+        for each in entries
+        if best is not None and each["role"] == "peer"
+    ]
+
+
+def _order(entry: Record) -> tuple[bool, float]:
+    """The fastest first; differences that came out below 0 last."""
+    median = entry["seconds"]["median"]
+    return median <= 0, median
+
+
+def _ratio(fast: Record, slow: Record) -> Record | None:
+    found = ratio(slow["samples"], fast["samples"])
+    return found._asdict() if found is not None else None
 
 
 def _finite(value: Any) -> Any:

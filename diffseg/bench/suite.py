@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,17 @@ from .timing import Contender
 
 NETWORK_STAGES = ("capture", "pipeline", "folder")
 ITERATIONS = 3
+MANY_ITERATIONS = 9  # where nothing merges, later rounds are as long as the second: eight of them outweigh the noise
 ANCHORS = 16
-GROWING_SIZES = (256, 384, 512, 768)  # grids of 32, 48, 64 and 96 a side
-GROWING_ANCHORS = (8, 16, 32)
+GROWING_SIZES = (192, 256, 384, 512, 768)  # grids of 24, 32, 48, 64 and 96 a side
+GROWING_ANCHORS = (4, 8, 16, 32)
 _TINY = (32, 32)  # an image whose grid is 4 x 4
 
 STAGES = {
     "aggregate": "A_f from queries and keys",
     "maps": "A_f from attention maps",
     "round1": "merging, round 1",
-    "rounds": "merging, rounds 2 and 3",
+    "rounds": "merging, the rounds after the first",
     "merge": "merging, all rounds",
     "label": "upsample and argmax",
     "segment": "queries and keys to labels",
@@ -51,7 +52,7 @@ SUBSET_STAGES = tuple(stage for stage in STAGES if stage != "folder")
 class Settings:
     """What to measure, and on what."""
 
-    stages: tuple[str, ...] = ()  # none: the subset that takes two minutes on two cores
+    stages: tuple[str, ...] = ()  # none: the subset that takes two and a half minutes on two cores
     cases: tuple[str, ...] = ()  # none: those that suit the stage
     sizes: tuple[Grid, ...] = ((512, 512),)  # of images, in pixels
     batches: tuple[int, ...] = (1,)
@@ -77,7 +78,7 @@ class Row:
     size: Grid = (512, 512)
     batch: int = 1
     anchors: int = ANCHORS  # a side
-    series: str = ""  # of the growth that it is a point of: "cells" or "anchors"
+    series: tuple[str, ...] = ()  # of the growth that it is a point of: "cells", "anchors"
 
     @property
     def grid(self) -> Grid:
@@ -94,13 +95,13 @@ class Row:
 
 @dataclass
 class Plan:
-    """A row, ready to run."""
+    """A row, ready to run. What only its description needs is computed when asked for."""
 
     inputs: list[Any]
     contenders: list[Contender]
-    work: Work | None = None
+    work: Callable[[], Work] | None = None
     precision: str = "float32"  # of the products of the floor
-    notes: list[str] = field(default_factory=list)
+    notes: list[str | Callable[[], str]] = field(default_factory=list)
 
 
 class Suite:
@@ -129,10 +130,16 @@ class Suite:
             yield from self._growing()
 
     def _growing(self) -> Iterator[Row]:
-        sizes = GROWING_SIZES[:3] if self.settings.subset else GROWING_SIZES
-        for stage in ("aggregate", "merge"):
-            yield from (Row(stage, "thin", (side, side), series="cells") for side in sizes)
-        yield from (Row("merge", "thin", anchors=anchors, series="anchors") for anchors in GROWING_ANCHORS)
+        subset = self.settings.subset
+        sizes = GROWING_SIZES[:3] if subset else GROWING_SIZES
+        anchors = GROWING_ANCHORS[:3] if subset else GROWING_ANCHORS
+        side = 256 if subset else 512
+        yield from (Row("aggregate", "thin", (each, each), series=("cells",)) for each in sizes)
+        for each in sizes:
+            yield Row("merge", "thin", (each, each), series=("cells", "anchors") if each == side else ("cells",))
+        for each in anchors:
+            if each != ANCHORS:
+                yield Row("merge", "thin", (side, side), anchors=each, series=("anchors",))
 
     def _cases_of(self, stage: str, size: Grid) -> list[str]:
         if stage == "growth":  # has sizes of its own
@@ -148,7 +155,8 @@ class Suite:
             return ["golden" if golden else "thin"]
         on_gpu = self.device.type == "cuda"
         if self.settings.subset and not on_gpu:
-            return {"maps": ["golden" if golden else "thin"], "merge": ["bundled", "noise"]}.get(stage, ["bundled"])
+            special = {"maps": ["golden" if golden else "thin"], "rounds": ["noise"], "merge": ["bundled", "noise"]}
+            return special.get(stage, ["bundled"])
         wide = ["sd14"] if on_gpu or stage in ("aggregate", "segment") else []
         noise = ["noise"] if stage in ("round1", "rounds", "merge", "label") else []
         if stage == "maps":
@@ -223,9 +231,8 @@ class Suite:
                 "sdpa", "peer", lambda given: peers.sdpa(given[0], given[1], case.scales), note="other work: no A_f"
             ),
         ]
-        work = self._aggregate_work(case)
         inputs = cases.rotated((case.queries, case.keys, case.logsumexps), self.device)
-        return Plan(inputs, contenders, work, self._precision(dtype))
+        return Plan(inputs, contenders, lambda: self._aggregate_work(case), self._precision(dtype))
 
     def _aggregate_work(self, case: Case) -> Work:
         return cost.aggregate(
@@ -242,8 +249,8 @@ class Suite:
 
         contenders = self._subjects("aggregate_maps", torch.float32, run, check)
         contenders.append(Contender("eager", "baseline", lambda maps: run(maps, "reference"), check))
-        work = cost.aggregate_maps(case.layers, batch=row.batch)
-        return Plan(cases.rotated(case.maps, self.device), contenders, work)
+        inputs = cases.rotated(case.maps, self.device)
+        return Plan(inputs, contenders, lambda: cost.aggregate_maps(case.layers, batch=row.batch))
 
     def _attention(self, row: Row) -> tuple[torch.Tensor, float]:
         """A_f and the threshold of a row that merges."""
@@ -282,19 +289,21 @@ class Suite:
         ]
 
     def _walks(self) -> int:
-        """How many of the eager walks to time in a whole stage: on a CPU they differ by less than the rest varies."""
+        """How many of the eager walks to time: on a CPU the host's is the faster."""
         return len(peers.WALKS) if self.device.type == "cuda" else 1
 
     def _round1(self, row: Row) -> Plan:
         attention, threshold, anchors, by_backend, eagerly = self._merging(row, 1)
-        check, density = gates.first_round_gate(attention, row.grid, anchors, threshold)
+        check = gates.first_round_gate(attention, anchors, threshold)
         contenders = self._subjects("merge", attention.dtype, by_backend, check)
         contenders.append(Contender("eager", "baseline", lambda given: eagerly(given, "host"), check))
         if not self.settings.subset:
             contenders += self._first_round_peers(row, anchors, threshold, check)
+        density = cache(lambda: gates.density(attention, anchors, threshold))
         return Plan(
             cases.rotated(attention, self.device), contenders,
-            self._first_round_work(row, density), self._merge_precision(), [f"{density:.0%} of pairs match"],
+            lambda: self._first_round_work(row, density()), self._merge_precision(),
+            [lambda: f"{density():.0%} of pairs match"],
         )  # fmt: skip
 
     def _first_round_peers(self, row: Row, anchors: Sequence[int], threshold: float, check: Any) -> list[Contender]:
@@ -307,7 +316,7 @@ class Suite:
         return [
             Contender(
                 "torch.compile", "peer", lambda given: proposals(peers.compiled_first_round()(given, index, threshold)),
-                check, unavailable=peers.compiler_missing(),
+                check, compiles=True, unavailable=peers.compiler_missing(),
             ),
             Contender(
                 "literal broadcast form", "peer",
@@ -328,32 +337,42 @@ class Suite:
         return "bfloat16" if self.device.type == "cuda" else "float32"
 
     def _rounds(self, row: Row) -> Plan:
-        attention, threshold, anchors, by_backend, eagerly = self._merging(row, ITERATIONS)
+        iterations = MANY_ITERATIONS if row.case == "noise" else ITERATIONS
+        attention, threshold, anchors, by_backend, eagerly = self._merging(row, iterations)
         *_, first_by_backend, first_eagerly = self._merging(row, 1)
-        check = gates.merge_gate(attention, row.grid, row.size, anchors, [threshold] * ITERATIONS, "paper")
+        check = gates.merge_gate(attention, row.grid, row.size, anchors, [threshold] * iterations, "paper")
         contenders = self._subjects("merge", attention.dtype, by_backend, check)
         for each in contenders:
             each.recordable = False  # a graph's two times are not taken in one sample
             each.minus = partial(_with, first_by_backend, each.name)
-        contenders += self._eager(eagerly, check, minus=first_eagerly)
-        work = cost.later_rounds(row.cells, row.anchors**2, ITERATIONS - 1, products=self._products(), batch=row.batch)
-        notes = ["the difference of three rounds and one, sample by sample"]
-        return Plan(cases.rotated(attention, self.device), contenders, work, self._merge_precision(), notes)
+        contenders += self._eager(eagerly, check, minus=first_eagerly)[: self._walks()]
+        notes: list[str | Callable[[], str]] = [f"the difference of {iterations} rounds and one, sample by sample"]
+        return Plan(
+            cases.rotated(attention, self.device), contenders, lambda: self._later_work(row, iterations - 1),
+            self._merge_precision(), notes,
+        )  # fmt: skip
+
+    def _later_work(self, row: Row, rounds: int) -> Work:
+        return cost.later_rounds(row.cells, row.anchors**2, rounds, products=self._products(), batch=row.batch)
+
+    def _merge_work(self, row: Row, density: float) -> Work:
+        return self._first_round_work(row, density) + self._later_work(row, ITERATIONS - 1)
 
     def _merge(self, row: Row) -> Plan:
         attention, threshold, anchors, by_backend, eagerly = self._merging(row, ITERATIONS)
         check = gates.merge_gate(attention, row.grid, row.size, anchors, [threshold] * ITERATIONS, "paper")
-        _, density = gates.first_round_gate(attention, row.grid, anchors, threshold)
-        contenders = self._subjects("merge", attention.dtype, by_backend, check) + self._eager(eagerly, check)
-        work = self._first_round_work(row, density) + cost.later_rounds(
-            row.cells, row.anchors**2, ITERATIONS - 1, products=self._products(), batch=row.batch
-        )
-        notes = [f"{density:.0%} of pairs match in round 1"]
-        return Plan(cases.rotated(attention, self.device), contenders, work, self._merge_precision(), notes)
+        contenders = self._subjects("merge", attention.dtype, by_backend, check)
+        both = not (self.settings.subset or row.series)
+        contenders += self._eager(eagerly, check)[: len(peers.WALKS) if both else self._walks()]
+        density = cache(lambda: gates.density(attention, anchors, threshold))
+        return Plan(
+            cases.rotated(attention, self.device), contenders, lambda: self._merge_work(row, density()),
+            self._merge_precision(), [lambda: f"{density():.0%} of pairs match in round 1"],
+        )  # fmt: skip
 
     def _label(self, row: Row) -> Plan:
-        *_, eagerly = merging = self._merging(row, ITERATIONS)
-        proposals = eagerly(merging[0], "host")
+        attention, *_, by_backend, _ = self._merging(row, ITERATIONS)
+        proposals = by_backend(attention, "auto")
         check = gates.label_gate(proposals, row.size)
 
         def run(given: ops.Proposals, backend: str) -> torch.Tensor:
@@ -362,8 +381,10 @@ class Suite:
         contenders = self._subjects("label", torch.float32, run, check)
         contenders.append(Contender("eager", "baseline", lambda given: run(given, "reference"), check))
         count = float(proposals.counts.float().mean())
-        work = cost.label(row.cells, count, row.size, batch=row.batch)
-        return Plan(cases.rotated(proposals, self.device), contenders, work, "float32", [f"{count:.0f} proposals"])
+        return Plan(
+            cases.rotated(proposals, self.device), contenders,
+            lambda: cost.label(row.cells, count, row.size, batch=row.batch), "float32", [f"{count:.0f} proposals"],
+        )  # fmt: skip
 
     def _segment(self, row: Row) -> Plan:
         case = self.case(row)
@@ -385,12 +406,12 @@ class Suite:
             proposals = peers.eager_merge(attention, row.grid, anchors, thresholds, "paper", walk)
             return peers.eager_labels(proposals, case.size)
 
-        expected = eagerly((case.queries, case.keys, case.logsumexps), "host")
+        expected = cache(lambda: eagerly((case.queries, case.keys, case.logsumexps), "host"))
         check = gates.labels_gate(expected)
         dtype = case.queries[0].dtype
         contenders = self._subjects("aggregate", dtype, run, check) + self._eager(eagerly, check)[: self._walks()]
         if not self.settings.subset and peers.kmeans_missing() is None:
-            clusters = int(expected[0].max()) + 1
+            clusters = int(expected()[0].max()) + 1
             attention = case.attention
             contenders.append(
                 Contender(
@@ -398,20 +419,14 @@ class Suite:
                     note=f"other work: scikit-learn, k = {clusters}, from A_f, first image",
                 )
             )  # fmt: skip
-        work = self._stage_work(row, case, expected)
         inputs = cases.rotated((case.queries, case.keys, case.logsumexps), self.device)
-        return Plan(inputs, contenders, work, self._merge_precision())
+        return Plan(inputs, contenders, lambda: self._stage_work(row, case, expected()), self._merge_precision())
 
     def _stage_work(self, row: Row, case: Case, labels: torch.Tensor) -> Work:
-        _, density = gates.first_round_gate(
-            case.attention, row.grid, ops.anchor_indices(row.grid, row.anchors), case.threshold
-        )
-        merge = self._first_round_work(row, density) + cost.later_rounds(
-            row.cells, row.anchors**2, ITERATIONS - 1, products=self._products(), batch=row.batch
-        )
+        anchors = ops.anchor_indices(row.grid, row.anchors)
         return (
             self._aggregate_work(case)
-            + merge
+            + self._merge_work(row, gates.density(case.attention, anchors, case.threshold))
             + cost.label(row.cells, float(labels.max()) + 1, case.size, batch=row.batch)
         )
 
@@ -433,7 +448,7 @@ class Suite:
             proposals = peers.eager_merge(attention, row.grid, anchors, thresholds, "official", walk)
             return ops.label(proposals, case.size, backend="reference")
 
-        check = gates.labels_gate(eagerly([maps.double() for maps in case.maps], "host"))
+        check = gates.labels_gate(lambda: eagerly([maps.double() for maps in case.maps], "host"))
         contenders = self._subjects("aggregate_maps", torch.float32, run, check)
         contenders += self._eager(eagerly, check)[: self._walks()]
         if not self.settings.subset:
@@ -443,7 +458,7 @@ class Suite:
                     note="the published code's steps in torch",
                 )
             )  # fmt: skip
-        notes = []
+        notes: list[str | Callable[[], str]] = []
         if self.settings.published is None:
             notes.append("the published code itself: give its checkout with --published")
         else:
@@ -478,7 +493,9 @@ class Suite:
         def words(given: Any, name: str) -> torch.Tensor:
             return ops.aggregate_cross(*given, tokens=shares, size=row.size, backend=name)
 
-        maps = words([[each.double() for each in tensors] for tensors in (case.queries, text)], "reference")
+        def maps() -> torch.Tensor:
+            return words([[each.double() for each in tensors] for tensors in (case.queries, text)], "reference")
+
         op: dict[str, tuple[Any, Callable[[Any, str], Any], Any]] = {
             "aggregate": (
                 (case.queries, case.keys),
@@ -504,9 +521,9 @@ class Suite:
             ),
             "aggregate_cross": ((case.queries, text), words, gates.entries_gate(maps)),
             "score_masks": (
-                maps.float(),
+                maps().float(),
                 lambda given, name: ops.score_masks(given, labels, masks=4, backend=name),
-                gates.entries_gate(ops.score_masks(maps, labels, masks=4, backend="reference")),
+                gates.entries_gate(lambda: ops.score_masks(maps(), labels, masks=4, backend="reference")),
             ),
         }
         given, run, check = op[row.case]

@@ -5,22 +5,24 @@ from __future__ import annotations
 import ctypes
 import math
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
 Role = Literal["subject", "baseline", "peer"]
 
-SHORTEST_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
-_FEWEST_ROUNDS, _MOST_ROUNDS = 5, 40
-_LONG, _VERY_LONG = 2.0, 5.0  # seconds: of such calls two samples must do, or one
+SHORTEST_SAMPLE = 10e-3  # seconds: shorter calls are repeated within a sample
+SHORTEST_SHARE = 1 / 16  # of the row's longest call: likewise, so that its fastest contender is not one short glance
+_MOST_ROUNDS = 24
+_WARMED = 0.2  # seconds: longer calls take as long in a process that has made none of them
+_LONG, _VERY_LONG = 1.0, 5.0  # seconds: of such calls two samples must do, or one
+_FEWEST_ROUNDS, _FEWEST_LONG, _FEWEST_VERY_LONG = 3, 2, 1
 
 
 @dataclass
@@ -33,21 +35,10 @@ class Contender:
     check: Callable[[Any], None] | None = None  # of its result; raises GateError. None: it does other work
     recordable: bool = False  # in a CUDA graph
     minus: Callable[[Any], Any] | None = None  # its time is taken off, round by round
+    compiles: bool = False  # in its first call in a process
     elsewhere: bool = False  # runs in another process: ``run`` returns the seconds and bytes measured there
     unavailable: str | None = None  # why it cannot run here
     note: str = ""
-
-
-class Spread(NamedTuple):
-    """Median and the 20th and 80th percentiles of samples."""
-
-    median: float
-    p20: float
-    p80: float
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> Spread:
-        return cls(statistics.median(samples), percentile(samples, 20), percentile(samples, 80))
 
 
 @dataclass
@@ -58,37 +49,16 @@ class Timed:
     mode: str = "wall"  # or "events", "graph": replays of a recorded graph, "elsewhere": another process's clock
     cold: float = math.nan  # the first call on these shapes in this process
     memory: int | None = None  # the most it held beyond its inputs at one time; None: unknown
-    samples: list[float] = field(default_factory=list)
-
-    @property
-    def spread(self) -> Spread:
-        return Spread.of(self.samples)
-
-
-def percentile(samples: Sequence[float], share: float) -> float:
-    """Linear between samples."""
-    ordered = sorted(samples)
-    position = (len(ordered) - 1) * share / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-def ratio(subject: Timed, baseline: Timed) -> Spread | None:
-    """How many times faster ``subject`` is: quotients of the samples of one round.
-
-    None if half of them or more mean nothing: a difference of two times can come out below 0 on a busy machine.
-    """
-    pairs = list(zip(baseline.samples, subject.samples, strict=False))
-    quotients = [slow / fast for slow, fast in pairs if slow > 0 and fast > 0]
-    return Spread.of(quotients) if 2 * len(quotients) > len(pairs) else None
+    seconds: float = math.nan  # of a call, about: what the rounds are planned with
+    samples: list[float] = field(default_factory=list)  # of one pass
 
 
 class Timer:
     """Calls on one device: first calls, memory, samples."""
 
-    def __init__(self, device: torch.device, seconds: float) -> None:
-        self.device, self.seconds = device, seconds  # of all samples of a contender, about
+    def __init__(self, device: torch.device, seconds: float, passes: int = 1) -> None:
+        self.device, self.passes = device, passes
+        self.seconds = seconds  # of all samples of a contender, in all passes, about
 
     def first(self, contender: Contender, given: Any) -> tuple[Timed, Any]:
         """The first call, timed, and its result."""
@@ -108,11 +78,32 @@ class Timer:
         memory = self._memory(call)
         return Timed(contender, "events" if self.device.type == "cuda" else "wall", seconds, memory), result
 
-    def race(self, timed: Sequence[Timed], inputs: Sequence[Any]) -> list[Timed]:
-        """Fills in memory and samples; on a GPU adds a twin of each recordable contender, timed as a recorded graph."""
+    def size_up(self, timed: Sequence[Timed], inputs: Sequence[Any]) -> None:
+        """Fills in memory and the seconds of a call: of a second one, if that tells more than a long first."""
         for each in timed:
-            if not each.contender.elsewhere and each.cold < _LONG:  # the first call loads and compiles
-                each.memory = self._memory(partial(each.contender.run, inputs[0]))
+            if each.contender.elsewhere or (each.cold > _LONG and not self._compiles(each.contender)):
+                each.seconds = each.cold
+                continue
+            begin = time.perf_counter()
+            each.memory = self._memory(partial(each.contender.run, inputs[0]))  # the first call loads and compiles
+            spent = time.perf_counter() - begin
+            each.seconds = spent if spent > 10 * SHORTEST_SAMPLE else self._call_seconds(each.contender, inputs)
+
+    def warm_up(self, timed: Sequence[Timed], inputs: Sequence[Any]) -> None:
+        """One call of each contender to whose samples it matters, in a process that has made none."""
+        for each in timed:
+            if each.seconds < _WARMED or self._compiles(each.contender):
+                each.contender.run(inputs[0])
+        self._wait()
+
+    def _compiles(self, contender: Contender) -> bool:
+        return contender.compiles or (self.device.type == "cuda" and not contender.elsewhere)
+
+    def race(self, timed: Sequence[Timed], inputs: Sequence[Any], number: int = 0) -> list[Timed]:
+        """Fills in the samples of pass ``number`` of contenders whose calls' seconds are known.
+
+        On a GPU a twin of each recordable contender, timed as a recorded graph, races too.
+        """
         entrants = [(each, self._sampler(each.contender, inputs)) for each in timed]
         for each in timed:
             if self.device.type == "cuda" and each.contender.recordable:
@@ -121,24 +112,30 @@ class Timer:
                 except RuntimeError as error:
                     self._wait()
                     each.contender.note += f" (not recorded: {str(error).splitlines()[0]})"
-        plans = [(each, sample, *self._rounds(each, sample)) for each, sample in entrants]
-        for number in range(max(rounds for *_, rounds in plans)):
-            order = plans if number % 2 == 0 else plans[::-1]
-            for each, sample, repeats, rounds in order:
-                if number < rounds:
-                    each.samples.append(sample(number, repeats))
+        shortest = max(SHORTEST_SAMPLE, SHORTEST_SHARE * max(each.seconds for each in timed))
+        plans = [(each, sample, max(1, math.ceil(shortest / max(each.seconds, 1e-7)))) for each, sample in entrants]
+        for turn in range(self._rounds(plans)):
+            for each, sample, repeats in plans if (number + turn) % 2 == 0 else plans[::-1]:
+                if repeats > 1:
+                    sample(turn, repeats // 2)  # not kept: threads sleep and caches forget while others have their turn
+                each.samples.append(sample(turn, repeats))
         return [each for each, *_ in plans]
 
-    def _rounds(self, timed: Timed, sample: Callable[[int, int], float]) -> tuple[int, int]:
-        """Calls a sample, and samples, from a trial that counts as a warm-up; a long first call has warmed up."""
-        seconds = timed.cold if timed.cold > _LONG else sample(0, 1)
-        if timed.contender.minus is not None:  # differences scatter more than what they are taken of
-            return 1, max(_FEWEST_ROUNDS, min(_MOST_ROUNDS, int(self.seconds / max(seconds, 1e-7))))
-        if seconds > max(_LONG, self.seconds):
-            return 1, 1 if seconds > _VERY_LONG else 2
-        repeats = max(1, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-7)))
-        fewest = _FEWEST_ROUNDS if self.seconds >= 0.5 else 3
-        return repeats, min(_MOST_ROUNDS, max(fewest, int(self.seconds / (seconds * repeats))))
+    def _rounds(self, plans: Sequence[tuple[Timed, Any, int]]) -> int:
+        """Of one pass."""
+        longest = max(each.seconds * repeats for each, _, repeats in plans)
+        fewest = _FEWEST_ROUNDS if longest <= _LONG else _FEWEST_LONG if longest <= _VERY_LONG else _FEWEST_VERY_LONG
+        wanted = min(_MOST_ROUNDS, max(fewest, int(self.seconds / longest)))
+        return math.ceil(wanted / self.passes)
+
+    def _call_seconds(self, contender: Contender, inputs: Sequence[Any]) -> float:
+        """Of calls on end, more and more until they take as long as half a sample."""
+        repeats = 1
+        while True:
+            seconds = self._seconds(contender.run, [inputs[i % len(inputs)] for i in range(repeats)])
+            if seconds >= SHORTEST_SAMPLE / 2:
+                return seconds / repeats
+            repeats *= 4
 
     def _sampler(self, contender: Contender, inputs: Sequence[Any]) -> Callable[[int, int], float]:
         def sample(number: int, repeats: int) -> float:
@@ -168,7 +165,7 @@ class Timer:
             return self._seconds(lambda graph: graph.replay(), chosen) / repeats
 
         twin = replace(contender, name=f"{contender.name}, recorded", recordable=False)
-        return Timed(twin, "graph", memory=timed.memory), sample
+        return Timed(twin, "graph", memory=timed.memory, seconds=timed.seconds), sample
 
     def _seconds(self, run: Callable[[Any], Any], chosen: Sequence[Any]) -> float:
         if self.device.type == "cuda":
