@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # -P keeps the checkout's folders (kernels/ above all) from hiding installed packages.
 demo: $(VENV)/installed
 	$(BIN)/python -P -m diffseg.cli segment diffseg/assets/photo.jpg --output demo --force --time
-	$(BIN)/python -P -m diffseg.cli bench aggregate merge label --case bundled --seconds 0.5
+	$(BIN)/python -P -m diffseg.cli bench aggregate merge label --case bundled --seconds 0.5 --passes 3
 
 test: $(VENV)/tested
 	$(BIN)/python -P -m pytest
