@@ -134,6 +134,20 @@ def check_storage_dtype(name: str, dtype: Any) -> None:
         raise ValueError(f"{name}: expected torch.float32, torch.float64 or torch.bfloat16, got {dtype}{reason}")
 
 
+def check_out(out: Any, batch_size: int, grid: Grid, dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: expected a torch.Tensor, got {describe(out)}")
+    cells = grid[0] * grid[1]
+    expected = [batch_size, cells, cells]
+    if list(out.shape) != expected or out.dtype != dtype or out.device != device:
+        raise ValueError(
+            f"out: expected {expected}, {dtype}, on {device}, got {list(out.shape)}, {out.dtype}, on {out.device}"
+        )
+    if not out.is_contiguous() or out.requires_grad:
+        reason = f"strides {list(out.stride())}" if not out.is_contiguous() else "one that requires a gradient"
+        raise ValueError(f"out: expected a contiguous tensor without gradient, got {reason}")
+
+
 def check_attention(attention: Any) -> Tensor:
     check_tensor("attention", attention, ("batch", "N", "N"))
     if attention.shape[1] != attention.shape[2]:

@@ -42,10 +42,11 @@ def _aggregate(
     ratios: list[float],
     dtype: torch.dtype,
     backend: str,
+    out: Tensor | None = None,
 ) -> Tensor:
     first, width = queries[0], max(query.shape[3] for query in queries)
     run = backends.implementation(backend, "aggregate", first.device, first.dtype, width=width, storage=dtype)
-    return run(queries, keys, _pairs(grids), scales, logsumexps, ratios, dtype)
+    return run(queries, keys, _pairs(grids), scales, logsumexps, ratios, dtype, out)
 
 
 def _aggregate_fake(
@@ -62,11 +63,29 @@ def _aggregate_fake(
     return queries[0].new_empty(queries[0].shape[0], cells, cells, dtype=dtype)
 
 
+def _aggregate_into(
+    queries: list[Tensor],
+    keys: list[Tensor],
+    grids: list[int],
+    scales: list[float],
+    logsumexps: list[Tensor] | None,
+    ratios: list[float],
+    out: Tensor,
+    backend: str,
+) -> None:
+    _aggregate(queries, keys, grids, scales, logsumexps, ratios, out.dtype, backend, out)
+
+
 def _aggregate_maps(
-    maps: list[Tensor], grids: list[int], ratios: list[float], dtype: torch.dtype, backend: str
+    maps: list[Tensor],
+    grids: list[int],
+    ratios: list[float],
+    dtype: torch.dtype,
+    backend: str,
+    out: Tensor | None = None,
 ) -> Tensor:
     run = backends.implementation(backend, "aggregate_maps", maps[0].device, maps[0].dtype, storage=dtype)
-    return run(maps, _pairs(grids), ratios, dtype)
+    return run(maps, _pairs(grids), ratios, dtype, out)
 
 
 def _aggregate_maps_fake(
@@ -74,6 +93,14 @@ def _aggregate_maps_fake(
 ) -> Tensor:
     cells = _cells(grids)
     return maps[0].new_empty(maps[0].shape[0], cells, cells, dtype=dtype)
+
+
+def _aggregate_maps_into(maps: list[Tensor], grids: list[int], ratios: list[float], out: Tensor, backend: str) -> None:
+    _aggregate_maps(maps, grids, ratios, out.dtype, backend, out)
+
+
+def _nothing(*_: Any) -> None:
+    """The fake of an operator that only writes into an argument."""
 
 
 def _merge(
@@ -155,6 +182,17 @@ _operator(
     "aggregate_maps(Tensor[] maps, int[] grids, float[] ratios, ScalarType dtype, str backend) -> Tensor",
     _aggregate_maps,
     _aggregate_maps_fake,
+)
+_operator(
+    "aggregate_into(Tensor[] queries, Tensor[] keys, int[] grids, float[] scales, Tensor[]? logsumexps, "
+    "float[] ratios, Tensor(a!) out, str backend) -> ()",
+    _aggregate_into,
+    _nothing,
+)
+_operator(
+    "aggregate_maps_into(Tensor[] maps, int[] grids, float[] ratios, Tensor(a!) out, str backend) -> ()",
+    _aggregate_maps_into,
+    _nothing,
 )
 _operator(
     "merge(Tensor attention, int[] grid, int[] anchors, float[] thresholds, str rule, str backend) -> (Tensor, Tensor)",

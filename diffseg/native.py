@@ -94,6 +94,7 @@ class _CpuKernels:
         logsumexps: Sequence[Tensor] | None,
         ratios: Sequence[float],
         dtype: torch.dtype,
+        out: Tensor | None = None,
     ) -> Tensor:
         _check_finite(queries, keys)
         if logsumexps is not None:
@@ -112,10 +113,15 @@ class _CpuKernels:
             )
             for layer in _by_size(grids)
         ]
-        return _aggregated(self._module.aggregate, layers, queries[0].shape[0], grids, dtype)
+        return _aggregated(self._module.aggregate, layers, queries[0].shape[0], grids, dtype, out)
 
     def aggregate_maps(
-        self, maps: Sequence[Tensor], grids: Sequence[Grid], ratios: Sequence[float], dtype: torch.dtype
+        self,
+        maps: Sequence[Tensor],
+        grids: Sequence[Grid],
+        ratios: Sequence[float],
+        dtype: torch.dtype,
+        out: Tensor | None = None,
     ) -> Tensor:
         maps = [layer if layer.stride(3) == 1 else layer.contiguous() for layer in maps]
         layers = [
@@ -128,7 +134,7 @@ class _CpuKernels:
             )
             for layer in _by_size(grids)
         ]
-        return _aggregated(self._module.aggregate_maps, layers, maps[0].shape[0], grids, dtype)
+        return _aggregated(self._module.aggregate_maps, layers, maps[0].shape[0], grids, dtype, out)
 
     def merge(
         self,
@@ -232,6 +238,7 @@ class CudaKernels:
         logsumexps: Sequence[Tensor] | None,
         ratios: Sequence[float],
         dtype: torch.dtype,
+        out: Tensor | None = None,
     ) -> Tensor:
         with self._on(queries[0].device) as queue:
             queries, keys = ([_rows_of_16_bytes(layer) for layer in layers] for layers in (queries, keys))
@@ -250,14 +257,19 @@ class CudaKernels:
                 )
                 for layer, grid in enumerate(grids)
             ]
-            attention, out = self._output(queries[0], grids, dtype)
+            attention, output = self._output(queries[0], grids, dtype, out)
             name = _name(queries[0].dtype)
-            workspace = self._workspace(self._module.aggregate_workspace(layers, name, out), attention)
-            self._module.aggregate(layers, name, out, workspace.data_ptr(), queue)
+            workspace = self._workspace(self._module.aggregate_workspace(layers, name, output), attention)
+            self._module.aggregate(layers, name, output, workspace.data_ptr(), queue)
             return attention
 
     def aggregate_maps(
-        self, maps: Sequence[Tensor], grids: Sequence[Grid], ratios: Sequence[float], dtype: torch.dtype
+        self,
+        maps: Sequence[Tensor],
+        grids: Sequence[Grid],
+        ratios: Sequence[float],
+        dtype: torch.dtype,
+        out: Tensor | None = None,
     ) -> Tensor:
         with self._on(maps[0].device) as queue:
             maps = [layer if layer.stride(3) == 1 else layer.contiguous() for layer in maps]
@@ -265,9 +277,9 @@ class CudaKernels:
                 self._module.MapLayer(maps=self._view(layer), heads=layer.shape[1], grid=grid, ratio=ratio)
                 for layer, grid, ratio in zip(maps, grids, ratios, strict=True)
             ]
-            attention, out = self._output(maps[0], grids, dtype)
-            workspace = self._workspace(self._module.aggregate_maps_workspace(layers, out), attention)
-            self._module.aggregate_maps(layers, _name(maps[0].dtype), out, workspace.data_ptr(), queue)
+            attention, output = self._output(maps[0], grids, dtype, out)
+            workspace = self._workspace(self._module.aggregate_maps_workspace(layers, output), attention)
+            self._module.aggregate_maps(layers, _name(maps[0].dtype), output, workspace.data_ptr(), queue)
             return attention
 
     def merge(
@@ -356,11 +368,13 @@ class CudaKernels:
     def _view(self, tensor: Tensor) -> Any:
         return self._module.View(tensor.data_ptr(), tensor.stride()[:3])
 
-    def _output(self, like: Tensor, grids: Sequence[Grid], dtype: torch.dtype) -> tuple[Tensor, Any]:
+    def _output(
+        self, like: Tensor, grids: Sequence[Grid], dtype: torch.dtype, out: Tensor | None
+    ) -> tuple[Tensor, Any]:
         """A_f [B, N, N], and what the kernels call it."""
         grid = max(grids, key=lambda grid: grid[0] * grid[1])
         cells = grid[0] * grid[1]
-        attention = torch.empty(len(like), cells, cells, dtype=dtype, device=like.device)
+        attention = torch.empty(len(like), cells, cells, dtype=dtype, device=like.device) if out is None else out
         return attention, self._module.Attention(
             data=attention.data_ptr(), dtype=_name(dtype), grid=grid, batch=len(like)
         )
@@ -401,11 +415,15 @@ def _by_size(grids: Sequence[Grid]) -> list[int]:
     return sorted(range(len(grids)), key=lambda layer: (grids[layer][0] * grids[layer][1], grids[layer]))
 
 
-def _aggregated(run: Any, layers: list[Any], batch_size: int, grids: Sequence[Grid], dtype: torch.dtype) -> Tensor:
+def _aggregated(
+    run: Any, layers: list[Any], batch_size: int, grids: Sequence[Grid], dtype: torch.dtype, out: Tensor | None
+) -> Tensor:
     """Calls a kernel for A_f [B, N, N]. For another storage dtype it exists in float32 first."""
     cells = max(height * width for height, width in grids)
-    attention = torch.empty(batch_size, cells, cells)
+    attention = torch.empty(batch_size, cells, cells) if out is None or dtype != torch.float32 else out
     bad = run(layers, batch_size, attention.data_ptr(), torch.get_num_threads())
     if bad >= 0:
         raise ValueError(non_finite_attention(bad))
-    return attention.to(dtype)
+    if attention is out:
+        return out
+    return attention.to(dtype) if out is None else out.copy_(attention)

@@ -33,6 +33,7 @@ def aggregate(
     logsumexps: Sequence[Tensor] | None,
     ratios: Sequence[float],
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """A_f [B, N, N] from queries and keys, lists of [B, heads, n, d], and log-sum-exps of the scores, [B, heads, n]."""
 
@@ -49,11 +50,15 @@ def aggregate(
         return total / query.shape[0]
 
     compute = _compute_dtype(dtype, *queries, *keys)
-    return _aggregate(layer_map, queries[0].shape[0], queries[0].device, grids, ratios, compute, dtype)
+    return _aggregate(layer_map, queries[0].shape[0], queries[0].device, grids, ratios, compute, dtype, out)
 
 
 def aggregate_maps(
-    maps: Sequence[Tensor], grids: Sequence[Grid], ratios: Sequence[float], dtype: torch.dtype
+    maps: Sequence[Tensor],
+    grids: Sequence[Grid],
+    ratios: Sequence[float],
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """A_f [B, N, N] from attention maps, lists of [B, heads, n, n]."""
 
@@ -61,14 +66,14 @@ def aggregate_maps(
         return maps[layer][item].mean(0, dtype=compute)
 
     compute = _compute_dtype(dtype, *maps)
-    return _aggregate(layer_map, maps[0].shape[0], maps[0].device, grids, ratios, compute, dtype)
+    return _aggregate(layer_map, maps[0].shape[0], maps[0].device, grids, ratios, compute, dtype, out)
 
 
-def _aggregate(layer_map, batch_size, device, grids, ratios, compute, dtype) -> Tensor:  # type: ignore[no-untyped-def]
+def _aggregate(layer_map, batch_size, device, grids, ratios, compute, dtype, out) -> Tensor:  # type: ignore[no-untyped-def]
     """Sums ratio * normalise(upsample(M_k)) over the layers k, each row repeated to the output grid's queries."""
     height, width = max(grids, key=lambda grid: grid[0] * grid[1])
     cells = height * width
-    attention = torch.empty(batch_size, cells, cells, dtype=dtype, device=device)
+    attention = torch.empty(batch_size, cells, cells, dtype=dtype, device=device) if out is None else out
     for item in range(batch_size):
         total = torch.zeros(height, width, cells, dtype=compute, device=device)
         for layer, ((rows, columns), ratio) in enumerate(zip(grids, ratios, strict=True)):

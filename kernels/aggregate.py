@@ -72,6 +72,7 @@ def aggregate(
     logsumexps: Sequence[Tensor] | None,
     ratios: Sequence[float],
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """A_f [B, N, N], N = h w of the largest grid; as :func:`diffseg.reference.aggregate`."""
     output = _largest(grids)
@@ -99,7 +100,7 @@ def aggregate(
         if computed[group.layers[0]]:
             _fill_logsumexps(group, output, queries, keys, rows, table)
 
-    attention = torch.empty(batch_size, _cells(output), _cells(output), dtype=dtype, device=device)
+    attention = _attention(batch_size, output, dtype, device) if out is None else out
     written: set[Grid] = set()
     for group in groups:
         _sum_tiles(group, output, queries, keys, rows, table, staged, attention, group.grid in written)
@@ -108,7 +109,11 @@ def aggregate(
 
 
 def aggregate_maps(
-    maps: Sequence[Tensor], grids: Sequence[Grid], ratios: Sequence[float], dtype: torch.dtype
+    maps: Sequence[Tensor],
+    grids: Sequence[Grid],
+    ratios: Sequence[float],
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """A_f [B, N, N] from maps [B, heads, n, n]; as :func:`diffseg.reference.aggregate_maps`."""
     output = _largest(grids)
@@ -119,12 +124,16 @@ def aggregate_maps(
         words += [maps[layer].data_ptr(), 0, 0, _pack(ratios[layer], 0.0)]
     staged = _Staging(groups, output, batch_size, device)
     table = integers_on_device(words + staged.words(), device)
-    attention = torch.empty(batch_size, _cells(output), _cells(output), dtype=dtype, device=device)
+    attention = _attention(batch_size, output, dtype, device) if out is None else out
     written: set[Grid] = set()
     for group in groups:
         _sum_rows(group, output, maps, table, staged, attention, group.grid in written)
         written.add(group.grid)
     return attention
+
+
+def _attention(batch_size: int, output: Grid, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(batch_size, _cells(output), _cells(output), dtype=dtype, device=device)
 
 
 def _cells(grid: Grid) -> int:

@@ -248,6 +248,11 @@ class TestAggregateMaps:
         found = diffseg.aggregate_maps([maps], grids=[(2, 3)], backend="cuda")
         assert found.isnan().any(-1).nonzero().tolist() == [[0, 4]]
 
+    def test_into_a_tensor(self) -> None:
+        maps, out = [torch.rand(2, 6, 6)], torch.full((2, 6, 6), torch.nan)
+        assert diffseg.aggregate_maps(maps, grids=[(2, 3)], backend="cuda", out=out) is out
+        assert torch.equal(out, diffseg.aggregate_maps(maps, grids=[(2, 3)], backend="cuda"))
+
     def test_too_many_grids_are_refused(self) -> None:
         grids = [(1, width) for width in range(2, 20)]
         with pytest.raises(ValueError, match="expected at most 16 distinct ones below the output's, got 17"):

@@ -36,6 +36,11 @@ def test_operators_pass_opcheck(backend):
         (operators.aggregate, (queries, keys, flat, [0.5, 0.5], None, ratios, dtype, backend)),
         (operators.aggregate, (queries, keys, flat, [0.5, 0.5], logsumexps, ratios, torch.bfloat16, backend)),
         (operators.aggregate_maps, ([attention[:, None]], [8, 6], [1.0], dtype, backend)),
+        (
+            operators.aggregate_into,
+            (queries, keys, flat, [0.5, 0.5], None, ratios, torch.zeros_like(attention), backend),
+        ),
+        (operators.aggregate_maps_into, ([attention[:, None]], [8, 6], [1.0], torch.zeros_like(attention), backend)),
         (operators.merge, (attention, [8, 6], [0, 7, 21, 40], [0.3, 0.3], "paper", backend)),
         (operators.merge, (attention.bfloat16(), [8, 6], [0, 7], [0.3], "official", backend)),
         (operators.label, (maps, counts, [8, 6], [13, 11], backend)),
@@ -67,6 +72,25 @@ def test_segment_compiles_into_one_graph(options):
     assert torch.equal(compiled(queries, keys), segment(queries, keys))
     other = [[tensor[:1] for tensor in each] for each in layers()]
     assert torch.equal(compiled(*other), segment(*other))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_aggregating_into_a_tensor_gives_the_same_and_no_other(backend, dtype):
+    queries, keys = layers()
+    options = {"grids": GRIDS, "dtype": dtype, "backend": backend}
+    maps = [(query @ key.mT).softmax(-1) for query, key in zip(queries, keys, strict=True)]
+    for run in (
+        lambda **more: diffseg.aggregate(queries, keys, **options, **more),
+        lambda **more: diffseg.aggregate_maps(maps, **options, **more),
+    ):
+        out = torch.full((2, 48, 48), torch.nan, dtype=dtype)
+        assert run(out=out) is out
+        assert torch.equal(out, run())
+        compiled = torch.compile(lambda out, run=run: run(out=out) * 2, fullgraph=True, backend="aot_eager")
+        out = torch.full((2, 48, 48), torch.nan, dtype=dtype)
+        assert torch.equal(compiled(out), run() * 2)
+        assert torch.equal(out, run())
 
 
 def test_operators_stay_opaque_to_the_compiler():

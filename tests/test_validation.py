@@ -194,6 +194,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "backend: unknown": (
         aggregate(backend="tpu"), ValueError, "backend: expected one of 'auto', .*'reference', got 'tpu'"),
     "backend: None": (aggregate(backend=None), ValueError, "backend: expected one of 'auto', .* got None"),
+    "out: an array": (aggregate(out=np.ones((1, 16, 16))), TypeError, "out: expected a torch.Tensor, got ndarray"),
+    "out: another shape": (
+        aggregate(out=torch.ones(1, 16, 16, 1)), ValueError,
+        r"out: expected \[1, 16, 16\], torch.float32, on cpu, got \[1, 16, 16, 1\], torch.float32, on cpu"),
+    "out: another dtype": (
+        aggregate(out=torch.ones(1, 16, 16).double()), ValueError, r"out: expected .*float32.* got .*float64"),
+    "out: transposed": (
+        aggregate(out=torch.ones(1, 16, 16).mT), ValueError, r"out: expected a contiguous .* strides \[256, 1, 16\]"),
+    "out: requires grad": (
+        aggregate(out=requiring_grad(torch.ones(1, 16, 16))), ValueError, "out: .* without gradient"),
     # aggregate_maps
     "maps: a tensor": (
         aggregate_maps(torch.ones(1, 16, 16)), TypeError, "maps: expected a list, one item a layer, got a t"),
@@ -219,6 +229,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "maps: dtype": (
         aggregate_maps(dtype=torch.float16), ValueError, "dtype: expected torch.float32, .* got torch.float16"),
     "maps: backend": (aggregate_maps(backend="gpu"), ValueError, "backend: expected one of 'auto', .* got 'gpu'"),
+    "maps: out": (aggregate_maps(out=torch.ones(1, 4, 4)), ValueError, r"out: expected \[1, 16, 16\], .* got"),
     # merge
     "attention: an array": (merge(np.ones((1, 4, 4))), TypeError, "attention: expected a torch.Tensor, got ndarray"),
     "attention: no batch": (

@@ -88,6 +88,18 @@ class TestAggregate:
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=0)  # the interpreter cuts off
 
+    def test_into_a_tensor(self, layers: Callable[..., Any]) -> None:
+        scene = layers([(4, 4), (2, 2)], dtype=torch.float32)
+        options = {"grids": scene.grids, "backend": "triton"}
+        maps = [(query @ key.mT).softmax(-1) for query, key in zip(scene.queries, scene.keys, strict=True)]
+        for run in (
+            lambda **more: diffseg.aggregate(scene.queries, scene.keys, **options, **more),
+            lambda **more: diffseg.aggregate_maps(maps, **options, **more),
+        ):
+            out = torch.full((1, 16, 16), torch.nan)
+            assert run(out=out) is out
+            assert torch.equal(out, run())
+
     def test_nan_reaches_the_result(self, layers: Callable[..., Any]) -> None:
         scene = layers([(4, 4), (2, 2)], dtype=torch.float32)
         scene.queries[1][0, 0, 2, 0] = torch.nan

@@ -32,6 +32,13 @@ constexpr float kHeadroom = 60.0f;  // how far, in powers of two, scores may exc
 constexpr int64_t kBlockBytes = 768 << 10;
 constexpr int64_t kMostRows = 96;
 
+// to[j] += factor * from[j].
+void add_scaled(float* to, float factor, const float* from, int64_t length) {
+    int64_t j = 0;
+    for (; j + kLanes <= length; j += kLanes) store(to + j, load(to + j) + factor * load(from + j));
+    for (; j < length; ++j) to[j] += factor * from[j];
+}
+
 // The layers of one grid.
 struct Level {
     Grid grid;
@@ -75,7 +82,7 @@ public:
     // out [N] = row `cell` of the blend of all lower levels.
     void start_row(int64_t cell, float* out) const {
         const int64_t y = cell / grid.width, x = cell % grid.width;
-        memset(out, 0, grid.cells() * sizeof(float));
+        if (levels_[0].wide == nullptr) memset(out, 0, grid.cells() * sizeof(float));
         for (const Level* level = levels_; level->wide != nullptr; ++level) {
             const int64_t row = y * level->grid.height / grid.height * level->grid.width +
                                 x * level->grid.width / grid.width;
@@ -83,9 +90,13 @@ public:
             for (int64_t line = 0; line < grid.height; ++line) {
                 const Tap& tap = level->down[line];
                 const float *low = map + tap.low * grid.width, *high = map + tap.high * grid.width;
-                const float rest = 1.0f - tap.weight;
+                const float rest = 1.0f - tap.weight, weight = tap.weight;
                 float* to = out + line * grid.width;
-                for (int64_t j = 0; j < grid.width; ++j) to[j] += rest * low[j] + tap.weight * high[j];
+                int64_t j = 0;
+                const bool first = level == levels_;
+                for (; j + kLanes <= grid.width; j += kLanes)
+                    store(to + j, (first ? Vec{} : load(to + j)) + rest * load(low + j) + weight * load(high + j));
+                for (; j < grid.width; ++j) to[j] = (first ? 0.0f : to[j]) + rest * low[j] + weight * high[j];
             }
         }
     }
@@ -229,8 +240,7 @@ public:
     void add_to(float* to, int64_t row, float factor) const {
         for (int64_t panel = 0; panel < scores_.panels; ++panel, to += kWide) {
             const float* from = sums_ + (panel * scores_.rows + row) * kWide;
-            const int64_t listed = least<int64_t>(kWide, scores_.cells - panel * kWide);
-            for (int64_t j = 0; j < listed; ++j) to[j] += factor * from[j];
+            add_scaled(to, factor, from, least<int64_t>(kWide, scores_.cells - panel * kWide));
         }
     }
 
@@ -380,22 +390,31 @@ int64_t aggregate(const Layer* layers, int64_t count, int64_t batch, float* out,
 // to[j] (+)= sum over kHeads maps, `next` apart, of from[j]: streams of their own, each fetched ahead, since what two
 // cores read is bounded by how much of memory's latency they cover.
 template <int kHeads, class T>
-void add_heads(const T* from, int64_t next, int64_t length, bool first, float* __restrict to) {
+void add_heads(const T* from, int64_t next, int64_t length, bool first, float* to) {
     constexpr int64_t kLine = 64 / sizeof(T), kAhead = 32 * kLine;
-    const auto heads = [=](int64_t j) {
-        float sum = widen(from[j]);
-#pragma GCC unroll 8
-        for (int head = 1; head < kHeads; ++head) sum += widen(from[head * next + j]);
-        return sum;
-    };
     int64_t j = 0;
     for (; j + kLine <= length; j += kLine) {
 #pragma GCC unroll 8
         for (int head = 0; head < kHeads; ++head) __builtin_prefetch(from + head * next + j + kAhead);
-        for (int64_t i = j; i < j + kLine; ++i) to[i] = first ? heads(i) : to[i] + heads(i);
+#pragma GCC unroll 8
+        for (int64_t i = j; i < j + kLine; i += kLanes) {
+            Vec sum = first ? Vec{} : load(to + i);
+#pragma GCC unroll 8
+            for (int head = 0; head < kHeads; ++head) sum += lanes(from + head * next + i);
+            store(to + i, sum);
+        }
     }
-    for (; j < length; ++j) to[j] = first ? heads(j) : to[j] + heads(j);
+    for (; j < length; ++j) {
+        float sum = first ? 0.0f : to[j];
+        for (int head = 0; head < kHeads; ++head) sum += widen(from[head * next + j]);
+        to[j] = sum;
+    }
 }
+
+template <int kValue>
+struct Count {
+    static constexpr int value = kValue;
+};
 
 // to [n] = sum over heads of row `row` of the layer's maps; returns its mass.
 float sum_heads(const Layer& layer, int64_t item, int64_t row, const float* share, float* __restrict to) {
@@ -403,8 +422,14 @@ float sum_heads(const Layer& layer, int64_t item, int64_t row, const float* shar
     const int64_t cells = layer.grid.cells();
     typed(maps, item * maps.batch + row * maps.row, [&](const auto* from) {
         int64_t head = 0;
-        for (; head + 8 <= layer.heads; head += 8) add_heads<8>(from + head * maps.head, maps.head, cells, head == 0, to);
-        for (; head < layer.heads; ++head) add_heads<1>(from + head * maps.head, maps.head, cells, head == 0, to);
+        const auto add = [&](auto heads) {
+            for (; head + heads.value <= layer.heads; head += heads.value)
+                add_heads<heads.value>(from + head * maps.head, maps.head, cells, head == 0, to);
+        };
+        add(Count<8>{});
+        add(Count<4>{});
+        add(Count<2>{});
+        add(Count<1>{});
     });
     return total(
         cells, [=](int64_t j) { return load(to + j) * load(share + j); }, [=](int64_t j) { return to[j] * share[j]; });
@@ -431,7 +456,7 @@ int64_t aggregate_maps(const Layer* layers, int64_t count, int64_t batch, float*
                     const float mass = sum_heads(layers[index], item, row, level.share, line);
                     if (!finite(mass)) bad = least(bad, layers[index].number);
                     const float factor = layers[index].ratio / most(mass, kSmallest);
-                    for (int64_t j = 0; j < size; ++j) to[j] += factor * line[j];
+                    add_scaled(to, factor, line, size);
                 }
                 if (!is_top) levels.widen_row(level, row, to);
             }

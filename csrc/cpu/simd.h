@@ -201,6 +201,24 @@ inline float widen(Float16 value) {
     return from_bits(bits | (value.bits & 0x8000u) << 16);
 }
 
+// kLanes values from `from` on, widened.
+inline Vec lanes(const float* from) { return load(from); }
+
+inline Ints half_lanes(const void* from) {
+    typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+    Halves bits;
+    __builtin_memcpy(&bits, from, sizeof bits);
+    return __builtin_convertvector(bits, Ints);
+}
+
+inline Vec lanes(const Bfloat16* from) { return (Vec)(half_lanes(from) << 16); }
+
+inline Vec lanes(const Float16* from) {
+    const Ints half = half_lanes(from), magnitude = (half & 0x7fff) << 13;
+    const Ints bits = (Ints)((Vec)magnitude * 0x1p112f) | ((magnitude >= 0x0f800000) & 0x7f800000);
+    return (Vec)(bits | (half & 0x8000) << 16);
+}
+
 // Calls function(typed pointer) for the element `offset` of the view.
 template <class Function>
 inline void typed(const View& view, int64_t offset, Function function) {

@@ -603,8 +603,8 @@ void score_masks(const float* maps, const int32_t* labels, float* scores, int ba
     launch("mask_sums_kernel", mask_sums_kernel,
            dim3(in.bands, ceil_div(masks, kMasks) * ceil_div(words, kWords), batch), kThreads,
            Found::bytes(std::min(masks, kMasks)), stream, in);
-    launch("scores_kernel", scores_kernel, dim3(ceil_div(int64_t{masks} * words, int64_t{kThreads}), batch), kThreads, 0, stream, in,
-           scores);
+    launch("scores_kernel", scores_kernel, dim3(ceil_div(int64_t{masks} * words, int64_t{kThreads}), batch), kThreads, 0,
+           stream, in, scores);
 }
 
 }  // namespace diffseg::cuda

@@ -112,7 +112,8 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("runtime_version", &runtime_version, "CUDA version with which the kernels were built.");
     module.def("obstacle", &obstacle, py::arg("device"), "Why a device cannot run the kernels; empty where it can.");
 
-    py::class_<View>(module, "View", py::module_local(), "A tensor [batch, heads, rows, columns]; strides of the first three, in elements.")
+    py::class_<View>(module, "View", py::module_local(),
+                     "A tensor [batch, heads, rows, columns]; strides of the first three, in elements.")
         .def(py::init(&make_view), py::arg("data"), py::arg("strides"));
     py::class_<Layer>(module, "Layer", py::module_local())
         .def(py::init(&make_layer), py::kw_only(), py::arg("queries"), py::arg("keys"), py::arg("logsumexps"),

@@ -42,6 +42,13 @@ def sdpa(queries: Sequence[Tensor], keys: Sequence[Tensor], scales: Sequence[flo
     ]
 
 
+def copy_of(moved: int, device: torch.device) -> Callable[[], Tensor]:
+    """A copy between two tensors that reads and writes ``moved`` bytes together: the machine's copy bandwidth."""
+    source = torch.rand(moved // 8, device=device)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
 def compiler_missing() -> str | None:
     """Why ``torch.compile`` cannot run here."""
     if torch.cuda.is_available():

@@ -18,6 +18,7 @@ from ..backends import BACKENDS, OPS
 from ..reference import Grid
 from . import cases, cost, gates, peers
 from .cases import Case, Unavailable
+from .ceilings import last_level_cache
 from .cost import Work
 from .timing import Contender
 
@@ -244,11 +245,17 @@ class Suite:
         case = self.case(row)
         check = gates.attention_gate(case, case.maps)
 
+        out = torch.empty(row.batch, row.cells, row.cells, device=self.device)
+
         def run(maps: Any, backend: str) -> Any:
-            return ops.aggregate_maps(maps, grids=case.grids, backend=backend)
+            return ops.aggregate_maps(maps, grids=case.grids, backend=backend, out=out)
 
         contenders = self._subjects("aggregate_maps", torch.float32, run, check)
         contenders.append(Contender("eager", "baseline", lambda maps: run(maps, "reference"), check))
+        moved = sum(maps.nbytes for maps in case.maps) + out.nbytes
+        if moved > 4 * last_level_cache(self.device):
+            copy = peers.copy_of(moved, self.device)
+            contenders.append(Contender("copy", "peer", lambda maps: copy(), note="other work: as many bytes moved"))
         inputs = cases.rotated(case.maps, self.device)
         return Plan(inputs, contenders, lambda: cost.aggregate_maps(case.layers, batch=row.batch))
 
@@ -545,7 +552,7 @@ def memory_needed(row: Row) -> float:
     if row.stage in ("call", *NETWORK_STAGES):
         return 0.0
     heads = {"golden": 2, "bundled": 10, "sd14": 40}.get(row.case, 2)
-    maps = 2 * heads * row.batch if row.stage in ("maps", "published") else 0
+    maps = {"maps": 3, "published": 2}.get(row.stage, 0) * heads * row.batch  # and what a copy of as many takes
     return float(row.cells**2) * (4 * (3 * row.batch + maps) + 40)
 
 

@@ -472,7 +472,8 @@ void copy_16(void* target, const void* source, bool inside) {
         fail("the target of a copy is outside shared memory or not aligned to 16 bytes");
     if (reinterpret_cast<uintptr_t>(source) % 16 != 0) fail("the source of a copy is not aligned to 16 bytes");
     std::memset(target, kPoison, 16);
-    self().copies.push_back({static_cast<unsigned char*>(target), inside ? static_cast<const unsigned char*>(source) : nullptr});
+    const auto* from = inside ? static_cast<const unsigned char*>(source) : nullptr;
+    self().copies.push_back({static_cast<unsigned char*>(target), from});
 }
 
 void commit_copies() { self().committed = self().copies.size(); }
