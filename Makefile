@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 test: $(VENV)/tested
 	$(BIN)/python -P -m pytest
 
-# The subset of two and a half minutes; `diffseg bench --help` lists what else there is.
+# The subset of two minutes and a quarter; `diffseg bench --help` lists what else there is.
 bench: $(VENV)/tested
 	$(BIN)/python -P -m diffseg.cli bench --json benchmarks/results/latest.json --plot benchmarks/results/latest.svg
 

@@ -15,8 +15,8 @@ import diffseg
 
 SIGNATURES = {
     "aggregate": "queries keys *grids=None scales=None logsumexps=None weights='proportional' dtype=torch.float32 "
-    "backend='auto'",
-    "aggregate_maps": "maps *grids=None weights='proportional' dtype=torch.float32 backend='auto'",
+    "backend='auto' out=None",
+    "aggregate_maps": "maps *grids=None weights='proportional' dtype=torch.float32 backend='auto' out=None",
     "merge": "attention *grid=None anchors=16 iterations=3 threshold=1.0 rule='paper' backend='auto'",
     "refine": "attention proposals *max_iterations=300",
     "label": "proposals size *backend='auto'",

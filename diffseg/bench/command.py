@@ -28,7 +28,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     stages = "; ".join(f"{name}: {what}" for name, what in STAGES.items())
     parser.add_argument(
-        "stages", nargs="*", metavar="STAGE", help=f"{stages} (default: a subset of two and a half minutes)"
+        "stages", nargs="*", metavar="STAGE", help=f"{stages} (default: a subset of two minutes and a quarter)"
     )
     parser.add_argument("--size", nargs="+", metavar="PIXELS", help="of images: 512 or 512x768 (default: 512)")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="B", help="images at once (default: 1)")

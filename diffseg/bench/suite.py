@@ -53,7 +53,7 @@ SUBSET_STAGES = tuple(stage for stage in STAGES if stage != "folder")
 class Settings:
     """What to measure, and on what."""
 
-    stages: tuple[str, ...] = ()  # none: the subset that takes two and a half minutes on two cores
+    stages: tuple[str, ...] = ()  # none: the subset that takes two minutes and a quarter on two cores
     cases: tuple[str, ...] = ()  # none: those that suit the stage
     sizes: tuple[Grid, ...] = ((512, 512),)  # of images, in pixels
     batches: tuple[int, ...] = (1,)
