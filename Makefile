@@ -32,13 +32,16 @@ sanitize: $(VENV)/tested
 	$(BIN)/python -P -m pytest -p no:faulthandler -p no:cacheprovider \
 	tests/test_cpu_aggregate.py tests/test_cpu_merge.py tests/test_cpu_label.py tests/test_cross.py
 
-# The bundled model anew, in two stages; interrupted, it goes on where it was. Its threshold is chosen at the end.
+# The bundled model anew, in five stages; interrupted, it goes on where it was. Its threshold is chosen at the end.
 MODEL := runs/model
-TRAIN = $(BIN)/python -P -m diffseg.tiny.train --timesteps 50 500 --uniform
+TRAIN = $(BIN)/python -P -m diffseg.tiny.train --output $(MODEL)
 model: $(VENV)/tested
-	$(TRAIN) --output $(MODEL)/1
-	$(TRAIN) --output $(MODEL)/2 --initial $(MODEL)/1/model --steps 900 --scenes 9000 --learning-rate 6e-4 --seed 2
-	$(BIN)/python -P -m diffseg.tiny.report --choose --scenes 50 --model $(MODEL)/2/model
+	$(TRAIN)/1 --timesteps 50 500 --uniform
+	$(TRAIN)/2 --timesteps 50 500 --uniform --initial $(MODEL)/1/model --steps 900 --scenes 9000 --learning-rate 6e-4 --seed 2
+	$(TRAIN)/3 --bf16 --initial $(MODEL)/2/model --steps 400 --scenes 3000 --learning-rate 8e-4 --seed 5
+	$(TRAIN)/4 --bf16 --initial $(MODEL)/3/model --steps 1500 --stop 1250 --learning-rate 8e-4 --seed 7
+	$(TRAIN)/5 --bf16 --initial $(MODEL)/4/model --steps 3000 --stop 2500 --keep 0.7 --scenes 12000 --learning-rate 8e-4 --seed 11
+	$(BIN)/python -P -m diffseg.tiny.report --choose --scenes 50 --model $(MODEL)/5/model
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check .

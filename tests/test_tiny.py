@@ -1,5 +1,6 @@
 """The bundled model, and that its training can be interrupted and repeated."""
 
+import json
 import sys
 
 import numpy as np
@@ -119,7 +120,26 @@ def test_training_leaves_its_schedule_and_goes_on(monkeypatch, tmp_path):
     assert any(not torch.equal(whole[name], early[name]) for name in whole)
 
 
-@pytest.mark.parametrize("options", [["--timesteps", "0", "9"], ["--timesteps", "9", "9"], ["--stop", "0"]])
+def test_training_keeps_a_share_of_the_initial_weights(monkeypatch, tmp_path):
+    run_training(monkeypatch, tmp_path / "first", "--stop", "2")
+    initial = tmp_path / "first" / "model"
+    run_training(monkeypatch, tmp_path / "all", "--initial", str(initial))
+    run_training(monkeypatch, tmp_path / "part", "--initial", str(initial), "--keep", "0.75")
+    before, after, between = (
+        diffseg.DiffSegPipeline.from_pretrained(path).unet
+        for path in (initial, tmp_path / "all" / "model", tmp_path / "part" / "model")
+    )
+    assert "_name_or_path" not in json.loads((tmp_path / "all" / "model" / "unet" / "config.json").read_text())
+    for name, weight in between.named_parameters():
+        expected = 0.75 * before.get_parameter(name) + 0.25 * after.get_parameter(name)
+        torch.testing.assert_close(weight, expected, atol=1e-3, rtol=2e-3)  # all three were rounded to float16
+    assert any(not torch.equal(one, other) for one, other in zip(before.parameters(), after.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--timesteps", "0", "9"], ["--timesteps", "9", "9"], ["--stop", "0"], ["--keep", "0.5"], ["--keep", "1"]],
+)
 def test_training_refuses_bad_options(monkeypatch, tmp_path, capsys, options):
     with pytest.raises(SystemExit):
         run_training(monkeypatch, tmp_path, *options)

@@ -23,7 +23,7 @@ from . import MODEL
 from .scenes import REPORT_SEEDS, THRESHOLD_SEEDS, scene
 
 TIMESTEPS = (10, 30, 100, 300)
-THRESHOLDS = tuple(round(0.005 * 1.25**step, 4) for step in range(26))  # 0.005 to 1.3
+THRESHOLDS = tuple(round(0.02 * 1.12**step, 4) for step in range(38))  # 0.02 to 1.3
 SCENES = 200
 
 

@@ -161,14 +161,25 @@ def train(arguments: argparse.Namespace) -> None:
                 save(step + 1)
 
     ema.copy_to(unet.parameters())
+    if arguments.keep:
+        keep(unet, UNet2DConditionModel.from_pretrained(arguments.initial, subfolder="unet"), arguments.keep)
     export(unet, output / "model")
+
+
+def keep(unet: UNet2DConditionModel, initial: UNet2DConditionModel, share: float) -> None:
+    """Moves the weights of ``unet`` towards those of ``initial``, by ``share`` of the way ("Model soups", 2022)."""
+    with torch.no_grad():
+        for weight, before in zip(unet.parameters(), initial.parameters(), strict=True):
+            weight.lerp_(before.to(weight), share)
 
 
 def export(unet: UNet2DConditionModel, directory: Path) -> None:
     """Writes ``unet`` in fp16 as a :class:`diffseg.DiffSegPipeline` in pixel space."""
     from ..pipeline import DiffSegPipeline
 
-    DiffSegPipeline(unet=unet.eval().half()).save_pretrained(directory)
+    nameless = build_unet()  # the configuration of a network that was loaded names the folder it came from
+    nameless.load_state_dict(unet.state_dict())
+    DiffSegPipeline(unet=nameless.eval().half()).save_pretrained(directory)
     print(f"wrote {directory}: choose its threshold with python -m diffseg.tiny.report --choose")
 
 
@@ -189,6 +200,10 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16: faster where the processor has them")
     parser.add_argument("--stop", type=int, metavar="STEP", help="leave the schedule of --steps off after this one")
     parser.add_argument("--initial", metavar="MODEL", help="folder of a trained model to go on from (default: none)")
+    parser.add_argument(
+        "--keep", type=float, default=0.0, metavar="SHARE",
+        help="average the trained weights with those of --initial, SHARE of the latter (default: 0)",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS", help="(default: %(default)s)")
@@ -198,6 +213,8 @@ def main() -> None:
         parser.error(f"--timesteps: expected 1 <= FIRST < LAST <= 1000, got {first} {last}")
     if arguments.stop is not None and arguments.stop < 1:
         parser.error(f"--stop: expected a step from 1 on, got {arguments.stop}")
+    if not 0 <= arguments.keep < 1 or (arguments.keep and not arguments.initial):
+        parser.error(f"--keep: expected a share from 0 to below 1, and --initial, got {arguments.keep}")
     train(arguments)
 
 
