@@ -261,7 +261,7 @@ class CudaKernels:
             name = _name(queries[0].dtype)
             workspace = self._workspace(self._module.aggregate_workspace(layers, name, output), attention)
             self._module.aggregate(layers, name, output, workspace.data_ptr(), queue)
-            return attention
+            return _stored(attention, out)
 
     def aggregate_maps(
         self,
@@ -280,7 +280,7 @@ class CudaKernels:
             attention, output = self._output(maps[0], grids, dtype, out)
             workspace = self._workspace(self._module.aggregate_maps_workspace(layers, output), attention)
             self._module.aggregate_maps(layers, _name(maps[0].dtype), output, workspace.data_ptr(), queue)
-            return attention
+            return _stored(attention, out)
 
     def merge(
         self,
@@ -371,10 +371,13 @@ class CudaKernels:
     def _output(
         self, like: Tensor, grids: Sequence[Grid], dtype: torch.dtype, out: Tensor | None
     ) -> tuple[Tensor, Any]:
-        """A_f [B, N, N], and what the kernels call it."""
+        """A_f [B, N, N], and what the kernels call it: new memory if they cannot store vectors into ``out``."""
         grid = max(grids, key=lambda grid: grid[0] * grid[1])
         cells = grid[0] * grid[1]
-        attention = torch.empty(len(like), cells, cells, dtype=dtype, device=like.device) if out is None else out
+        if out is not None and out.data_ptr() % 16 == 0:
+            attention = out
+        else:
+            attention = torch.empty(len(like), cells, cells, dtype=dtype, device=like.device)
         return attention, self._module.Attention(
             data=attention.data_ptr(), dtype=_name(dtype), grid=grid, batch=len(like)
         )
@@ -424,6 +427,9 @@ def _aggregated(
     bad = run(layers, batch_size, attention.data_ptr(), torch.get_num_threads())
     if bad >= 0:
         raise ValueError(non_finite_attention(bad))
-    if attention is out:
-        return out
-    return attention.to(dtype) if out is None else out.copy_(attention)
+    return _stored(attention.to(dtype), out)
+
+
+def _stored(attention: Tensor, out: Tensor | None) -> Tensor:
+    """``attention``, copied into ``out`` unless it lies there."""
+    return attention if out is None or attention is out else out.copy_(attention)

@@ -253,6 +253,24 @@ class TestAggregateMaps:
         assert diffseg.aggregate_maps(maps, grids=[(2, 3)], backend="cuda", out=out) is out
         assert torch.equal(out, diffseg.aggregate_maps(maps, grids=[(2, 3)], backend="cuda"))
 
+    def test_into_a_tensor_that_takes_no_vectors(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        output, written = native.CudaKernels._output, []
+
+        def note(*arguments: Any) -> Any:
+            found = output(*arguments)
+            written.append(found[0].data_ptr())
+            return found
+
+        monkeypatch.setattr(native.CudaKernels, "_output", note)
+        memory = torch.full((2 * 36 + 2,), torch.nan)
+        out, maps = memory[1:-1].view(2, 6, 6), [torch.rand(2, 6, 6)]
+        assert out.data_ptr() % 16 != 0
+        assert diffseg.aggregate_maps(maps, grids=[(2, 3)], backend="cuda", out=out) is out
+        assert torch.equal(out, diffseg.aggregate_maps(maps, grids=[(2, 3)], backend="cuda"))
+        assert memory[[0, -1]].isnan().all()
+        assert not any(address % 16 for address in written)
+        assert len(written) == 2
+
     def test_too_many_grids_are_refused(self) -> None:
         grids = [(1, width) for width in range(2, 20)]
         with pytest.raises(ValueError, match="expected at most 16 distinct ones below the output's, got 17"):

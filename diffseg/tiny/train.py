@@ -177,7 +177,8 @@ def export(unet: UNet2DConditionModel, directory: Path) -> None:
     """Writes ``unet`` in fp16 as a :class:`diffseg.DiffSegPipeline` in pixel space."""
     from ..pipeline import DiffSegPipeline
 
-    nameless = build_unet()  # the configuration of a network that was loaded names the folder it came from
+    # The configuration of a network that was loaded names the folder it came from.
+    nameless = UNet2DConditionModel.from_config({key: value for key, value in unet.config.items() if key[0] != "_"})
     nameless.load_state_dict(unet.state_dict())
     DiffSegPipeline(unet=nameless.eval().half()).save_pretrained(directory)
     print(f"wrote {directory}: choose its threshold with python -m diffseg.tiny.report --choose")
