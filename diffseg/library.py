@@ -29,38 +29,10 @@ def _pairs(flat: Sequence[int]) -> list[Grid]:
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _cells(grids: Sequence[int]) -> int:
-    return max(height * width for height, width in _pairs(grids))
-
-
-def _aggregate(
-    queries: list[Tensor],
-    keys: list[Tensor],
-    grids: list[int],
-    scales: list[float],
-    logsumexps: list[Tensor] | None,
-    ratios: list[float],
-    dtype: torch.dtype,
-    backend: str,
-    out: Tensor | None = None,
-) -> Tensor:
-    first, width = queries[0], max(query.shape[3] for query in queries)
-    run = backends.implementation(backend, "aggregate", first.device, first.dtype, width=width, storage=dtype)
-    return run(queries, keys, _pairs(grids), scales, logsumexps, ratios, dtype, out)
-
-
-def _aggregate_fake(
-    queries: list[Tensor],
-    keys: list[Tensor],
-    grids: list[int],
-    scales: list[float],
-    logsumexps: list[Tensor] | None,
-    ratios: list[float],
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    cells = _cells(grids)
-    return queries[0].new_empty(queries[0].shape[0], cells, cells, dtype=dtype)
+def _attention(layer: Tensor, grids: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for A_f [B, N, N] of a batch like ``layer``'s, N the cells of the largest grid."""
+    cells = max(height * width for height, width in _pairs(grids))
+    return torch.empty(layer.shape[0], cells, cells, dtype=dtype, device=layer.device)
 
 
 def _aggregate_into(
@@ -73,30 +45,48 @@ def _aggregate_into(
     out: Tensor,
     backend: str,
 ) -> None:
-    _aggregate(queries, keys, grids, scales, logsumexps, ratios, out.dtype, backend, out)
+    first, width = queries[0], max(query.shape[3] for query in queries)
+    run = backends.implementation(backend, "aggregate", first.device, first.dtype, width=width, storage=out.dtype)
+    run(queries, keys, _pairs(grids), scales, logsumexps, ratios, out)
 
 
-def _aggregate_maps(
-    maps: list[Tensor],
+def _aggregate(
+    queries: list[Tensor],
+    keys: list[Tensor],
     grids: list[int],
+    scales: list[float],
+    logsumexps: list[Tensor] | None,
     ratios: list[float],
     dtype: torch.dtype,
     backend: str,
-    out: Tensor | None = None,
 ) -> Tensor:
-    run = backends.implementation(backend, "aggregate_maps", maps[0].device, maps[0].dtype, storage=dtype)
-    return run(maps, _pairs(grids), ratios, dtype, out)
+    attention = _attention(queries[0], grids, dtype)
+    _aggregate_into(queries, keys, grids, scales, logsumexps, ratios, attention, backend)
+    return attention
+
+
+def _aggregate_fake(queries: list[Tensor], keys: list[Tensor], grids: list[int], *rest: Any) -> Tensor:
+    *_, dtype, _ = rest
+    return _attention(queries[0], grids, dtype)
+
+
+def _aggregate_maps_into(maps: list[Tensor], grids: list[int], ratios: list[float], out: Tensor, backend: str) -> None:
+    run = backends.implementation(backend, "aggregate_maps", maps[0].device, maps[0].dtype, storage=out.dtype)
+    run(maps, _pairs(grids), ratios, out)
+
+
+def _aggregate_maps(
+    maps: list[Tensor], grids: list[int], ratios: list[float], dtype: torch.dtype, backend: str
+) -> Tensor:
+    attention = _attention(maps[0], grids, dtype)
+    _aggregate_maps_into(maps, grids, ratios, attention, backend)
+    return attention
 
 
 def _aggregate_maps_fake(
     maps: list[Tensor], grids: list[int], ratios: list[float], dtype: torch.dtype, backend: str
 ) -> Tensor:
-    cells = _cells(grids)
-    return maps[0].new_empty(maps[0].shape[0], cells, cells, dtype=dtype)
-
-
-def _aggregate_maps_into(maps: list[Tensor], grids: list[int], ratios: list[float], out: Tensor, backend: str) -> None:
-    _aggregate_maps(maps, grids, ratios, out.dtype, backend, out)
+    return _attention(maps[0], grids, dtype)
 
 
 def _nothing(*_: Any) -> None:
@@ -110,9 +100,7 @@ def _merge(
     return run(attention, tuple(grid), anchors, thresholds, rule)
 
 
-def _merge_fake(
-    attention: Tensor, grid: list[int], anchors: list[int], thresholds: list[float], rule: str, backend: str
-) -> tuple[Tensor, Tensor]:
+def _merge_fake(attention: Tensor, grid: list[int], anchors: list[int], *_: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(attention.dtype, torch.float32)
     maps = attention.new_empty(attention.shape[0], len(anchors), attention.shape[2], dtype=dtype)
     return maps, attention.new_empty(attention.shape[0], dtype=torch.int32)
@@ -123,7 +111,7 @@ def _label(maps: Tensor, counts: Tensor, grid: list[int], size: list[int], backe
     return run(maps, counts, tuple(grid), tuple(size))
 
 
-def _label_fake(maps: Tensor, counts: Tensor, grid: list[int], size: list[int], backend: str) -> Tensor:
+def _label_fake(maps: Tensor, counts: Tensor, grid: list[int], size: list[int], _backend: str) -> Tensor:
     return maps.new_empty((maps.shape[0], *size), dtype=torch.int32)
 
 
@@ -131,7 +119,7 @@ def _refine(attention: Tensor, maps: Tensor, counts: Tensor, max_iterations: int
     return reference.refine(attention, maps, counts, max_iterations)
 
 
-def _refine_fake(attention: Tensor, maps: Tensor, counts: Tensor, max_iterations: int) -> tuple[Tensor, Tensor]:
+def _refine_fake(_attention: Tensor, maps: Tensor, counts: Tensor, _iterations: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(maps), torch.empty_like(counts)
 
 
@@ -151,15 +139,8 @@ def _aggregate_cross(
     return run(queries, keys, _pairs(grids), scales, shares, tuple(size))
 
 
-def _aggregate_cross_fake(
-    queries: list[Tensor],
-    keys: list[Tensor],
-    grids: list[int],
-    scales: list[float],
-    shares: Tensor,
-    size: list[int],
-    backend: str,
-) -> Tensor:
+def _aggregate_cross_fake(queries: list[Tensor], *rest: Any) -> Tensor:
+    *_, shares, size, _ = rest
     return shares.new_empty((*shares.shape[:2], *size), dtype=torch.promote_types(queries[0].dtype, torch.float32))
 
 
@@ -168,7 +149,7 @@ def _score_masks(maps: Tensor, labels: Tensor, masks: int, backend: str) -> Tens
     return run(maps, labels, masks)
 
 
-def _score_masks_fake(maps: Tensor, labels: Tensor, masks: int, backend: str) -> Tensor:
+def _score_masks_fake(maps: Tensor, _labels: Tensor, masks: int, _backend: str) -> Tensor:
     return maps.new_empty(maps.shape[0], masks, maps.shape[1])
 
 

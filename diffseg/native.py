@@ -93,9 +93,8 @@ class _CpuKernels:
         scales: Sequence[float],
         logsumexps: Sequence[Tensor] | None,
         ratios: Sequence[float],
-        dtype: torch.dtype,
-        out: Tensor | None = None,
-    ) -> Tensor:
+        out: Tensor,
+    ) -> None:
         _check_finite(queries, keys)
         if logsumexps is not None:
             logsumexps = [logsumexp.float().contiguous() for logsumexp in logsumexps]
@@ -113,16 +112,15 @@ class _CpuKernels:
             )
             for layer in _by_size(grids)
         ]
-        return _aggregated(self._module.aggregate, layers, queries[0].shape[0], grids, dtype, out)
+        _aggregate_into(self._module.aggregate, layers, out)
 
     def aggregate_maps(
         self,
         maps: Sequence[Tensor],
         grids: Sequence[Grid],
         ratios: Sequence[float],
-        dtype: torch.dtype,
-        out: Tensor | None = None,
-    ) -> Tensor:
+        out: Tensor,
+    ) -> None:
         maps = [layer if layer.stride(3) == 1 else layer.contiguous() for layer in maps]
         layers = [
             self._module.Layer(
@@ -134,7 +132,7 @@ class _CpuKernels:
             )
             for layer in _by_size(grids)
         ]
-        return _aggregated(self._module.aggregate_maps, layers, maps[0].shape[0], grids, dtype, out)
+        _aggregate_into(self._module.aggregate_maps, layers, out)
 
     def merge(
         self,
@@ -237,9 +235,8 @@ class CudaKernels:
         scales: Sequence[float],
         logsumexps: Sequence[Tensor] | None,
         ratios: Sequence[float],
-        dtype: torch.dtype,
-        out: Tensor | None = None,
-    ) -> Tensor:
+        out: Tensor,
+    ) -> None:
         with self._on(queries[0].device) as queue:
             queries, keys = ([_rows_of_16_bytes(layer) for layer in layers] for layers in (queries, keys))
             if logsumexps is not None:
@@ -257,30 +254,29 @@ class CudaKernels:
                 )
                 for layer, grid in enumerate(grids)
             ]
-            attention, output = self._output(queries[0], grids, dtype, out)
+            attention, output = self._output(grids, out)
             name = _name(queries[0].dtype)
             workspace = self._workspace(self._module.aggregate_workspace(layers, name, output), attention)
             self._module.aggregate(layers, name, output, workspace.data_ptr(), queue)
-            return _stored(attention, out)
+            _store(attention, out)
 
     def aggregate_maps(
         self,
         maps: Sequence[Tensor],
         grids: Sequence[Grid],
         ratios: Sequence[float],
-        dtype: torch.dtype,
-        out: Tensor | None = None,
-    ) -> Tensor:
+        out: Tensor,
+    ) -> None:
         with self._on(maps[0].device) as queue:
             maps = [layer if layer.stride(3) == 1 else layer.contiguous() for layer in maps]
             layers = [
                 self._module.MapLayer(maps=self._view(layer), heads=layer.shape[1], grid=grid, ratio=ratio)
                 for layer, grid, ratio in zip(maps, grids, ratios, strict=True)
             ]
-            attention, output = self._output(maps[0], grids, dtype, out)
+            attention, output = self._output(grids, out)
             workspace = self._workspace(self._module.aggregate_maps_workspace(layers, output), attention)
             self._module.aggregate_maps(layers, _name(maps[0].dtype), output, workspace.data_ptr(), queue)
-            return _stored(attention, out)
+            _store(attention, out)
 
     def merge(
         self,
@@ -368,18 +364,12 @@ class CudaKernels:
     def _view(self, tensor: Tensor) -> Any:
         return self._module.View(tensor.data_ptr(), tensor.stride()[:3])
 
-    def _output(
-        self, like: Tensor, grids: Sequence[Grid], dtype: torch.dtype, out: Tensor | None
-    ) -> tuple[Tensor, Any]:
-        """A_f [B, N, N], and what the kernels call it: new memory if they cannot store vectors into ``out``."""
+    def _output(self, grids: Sequence[Grid], out: Tensor) -> tuple[Tensor, Any]:
+        """``out``, or new memory if the kernels cannot store vectors into it; and what they call it."""
         grid = max(grids, key=lambda grid: grid[0] * grid[1])
-        cells = grid[0] * grid[1]
-        if out is not None and out.data_ptr() % 16 == 0:
-            attention = out
-        else:
-            attention = torch.empty(len(like), cells, cells, dtype=dtype, device=like.device)
+        attention = out if out.data_ptr() % 16 == 0 else torch.empty_like(out)
         return attention, self._module.Attention(
-            data=attention.data_ptr(), dtype=_name(dtype), grid=grid, batch=len(like)
+            data=attention.data_ptr(), dtype=_name(out.dtype), grid=grid, batch=len(out)
         )
 
     def _workspace(self, size: int, like: Tensor) -> Tensor:
@@ -418,18 +408,16 @@ def _by_size(grids: Sequence[Grid]) -> list[int]:
     return sorted(range(len(grids)), key=lambda layer: (grids[layer][0] * grids[layer][1], grids[layer]))
 
 
-def _aggregated(
-    run: Any, layers: list[Any], batch_size: int, grids: Sequence[Grid], dtype: torch.dtype, out: Tensor | None
-) -> Tensor:
-    """Calls a kernel for A_f [B, N, N]. For another storage dtype it exists in float32 first."""
-    cells = max(height * width for height, width in grids)
-    attention = torch.empty(batch_size, cells, cells) if out is None or dtype != torch.float32 else out
-    bad = run(layers, batch_size, attention.data_ptr(), torch.get_num_threads())
+def _aggregate_into(run: Any, layers: list[Any], out: Tensor) -> None:
+    """Calls a C++ kernel for A_f [B, N, N]. For another storage dtype it exists in float32 first."""
+    attention = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    bad = run(layers, len(out), attention.data_ptr(), torch.get_num_threads())
     if bad >= 0:
         raise ValueError(non_finite_attention(bad))
-    return _stored(attention.to(dtype), out)
+    _store(attention, out)
 
 
-def _stored(attention: Tensor, out: Tensor | None) -> Tensor:
-    """``attention``, copied into ``out`` unless it lies there."""
-    return attention if out is None or attention is out else out.copy_(attention)
+def _store(attention: Tensor, out: Tensor) -> None:
+    """Copies ``attention`` into ``out`` unless it lies there."""
+    if attention is not out:
+        out.copy_(attention)

@@ -6,7 +6,7 @@ float64, and in float32 otherwise. No function here waits for the device, except
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isqrt
 from typing import Any, Literal
 
@@ -32,10 +32,9 @@ def aggregate(
     scales: Sequence[float],
     logsumexps: Sequence[Tensor] | None,
     ratios: Sequence[float],
-    dtype: torch.dtype,
-    out: Tensor | None = None,
-) -> Tensor:
-    """A_f [B, N, N] from queries and keys, lists of [B, heads, n, d], and log-sum-exps of the scores, [B, heads, n]."""
+    out: Tensor,
+) -> None:
+    """Into ``out``, A_f [B, N, N], from queries and keys [B, heads, n, d] and log-sum-exps of scores [B, heads, n]."""
 
     def layer_map(layer: int, item: int, compute: torch.dtype) -> Tensor:
         query, key = queries[layer][item].to(compute) * scales[layer], keys[layer][item].to(compute)
@@ -49,33 +48,35 @@ def aggregate(
                 total += (scores - logsumexps[layer][item, head, :, None].to(compute)).exp_()
         return total / query.shape[0]
 
-    compute = _compute_dtype(dtype, *queries, *keys)
-    return _aggregate(layer_map, queries[0].shape[0], queries[0].device, grids, ratios, compute, dtype, out)
+    _aggregate(layer_map, grids, ratios, _compute_dtype(out.dtype, *queries, *keys), out)
 
 
 def aggregate_maps(
     maps: Sequence[Tensor],
     grids: Sequence[Grid],
     ratios: Sequence[float],
-    dtype: torch.dtype,
-    out: Tensor | None = None,
-) -> Tensor:
-    """A_f [B, N, N] from attention maps, lists of [B, heads, n, n]."""
+    out: Tensor,
+) -> None:
+    """Into ``out``, A_f [B, N, N], from attention maps, lists of [B, heads, n, n]."""
 
     def layer_map(layer: int, item: int, compute: torch.dtype) -> Tensor:
         return maps[layer][item].mean(0, dtype=compute)
 
-    compute = _compute_dtype(dtype, *maps)
-    return _aggregate(layer_map, maps[0].shape[0], maps[0].device, grids, ratios, compute, dtype, out)
+    _aggregate(layer_map, grids, ratios, _compute_dtype(out.dtype, *maps), out)
 
 
-def _aggregate(layer_map, batch_size, device, grids, ratios, compute, dtype, out) -> Tensor:  # type: ignore[no-untyped-def]
+def _aggregate(
+    layer_map: Callable[[int, int, torch.dtype], Tensor],
+    grids: Sequence[Grid],
+    ratios: Sequence[float],
+    compute: torch.dtype,
+    out: Tensor,
+) -> None:
     """Sums ratio * normalise(upsample(M_k)) over the layers k, each row repeated to the output grid's queries."""
     height, width = max(grids, key=lambda grid: grid[0] * grid[1])
     cells = height * width
-    attention = torch.empty(batch_size, cells, cells, dtype=dtype, device=device) if out is None else out
-    for item in range(batch_size):
-        total = torch.zeros(height, width, cells, dtype=compute, device=device)
+    for item in range(len(out)):
+        total = torch.zeros(height, width, cells, dtype=compute, device=out.device)
         for layer, ((rows, columns), ratio) in enumerate(zip(grids, ratios, strict=True)):
             averaged = layer_map(layer, item, compute)
             _check_finite(layer, averaged)
@@ -87,11 +88,10 @@ def _aggregate(layer_map, batch_size, device, grids, ratios, compute, dtype, out
             if (rows, columns) == (height, width):
                 total += upsampled
             else:
-                row = torch.arange(height, device=device) * rows // height
-                column = torch.arange(width, device=device) * columns // width
+                row = torch.arange(height, device=out.device) * rows // height
+                column = torch.arange(width, device=out.device) * columns // width
                 total += upsampled[row[:, None], column]
-        attention[item] = total.view(cells, cells)
-    return attention
+        out[item] = total.view(cells, cells)
 
 
 def aggregate_cross(

@@ -71,10 +71,9 @@ def aggregate(
     scales: Sequence[float],
     logsumexps: Sequence[Tensor] | None,
     ratios: Sequence[float],
-    dtype: torch.dtype,
-    out: Tensor | None = None,
-) -> Tensor:
-    """A_f [B, N, N], N = h w of the largest grid; as :func:`diffseg.reference.aggregate`."""
+    out: Tensor,
+) -> None:
+    """Into ``out``, A_f [B, N, N], N = h w of the largest grid; as :func:`diffseg.reference.aggregate`."""
     output = _largest(grids)
     batch_size, device = queries[0].shape[0], queries[0].device
     computed = [logsumexps is None or not _divides(grid, output) for grid in grids]
@@ -100,22 +99,19 @@ def aggregate(
         if computed[group.layers[0]]:
             _fill_logsumexps(group, output, queries, keys, rows, table)
 
-    attention = _attention(batch_size, output, dtype, device) if out is None else out
     written: set[Grid] = set()
     for group in groups:
-        _sum_tiles(group, output, queries, keys, rows, table, staged, attention, group.grid in written)
+        _sum_tiles(group, output, queries, keys, rows, table, staged, out, group.grid in written)
         written.add(group.grid)
-    return attention
 
 
 def aggregate_maps(
     maps: Sequence[Tensor],
     grids: Sequence[Grid],
     ratios: Sequence[float],
-    dtype: torch.dtype,
-    out: Tensor | None = None,
-) -> Tensor:
-    """A_f [B, N, N] from maps [B, heads, n, n]; as :func:`diffseg.reference.aggregate_maps`."""
+    out: Tensor,
+) -> None:
+    """Into ``out``, A_f [B, N, N], from maps [B, heads, n, n]; as :func:`diffseg.reference.aggregate_maps`."""
     output = _largest(grids)
     batch_size, device = maps[0].shape[0], maps[0].device
     groups = _groups(grids, [(layer.shape, layer.stride()) for layer in maps])
@@ -124,16 +120,10 @@ def aggregate_maps(
         words += [maps[layer].data_ptr(), 0, 0, _pack(ratios[layer], 0.0)]
     staged = _Staging(groups, output, batch_size, device)
     table = integers_on_device(words + staged.words(), device)
-    attention = _attention(batch_size, output, dtype, device) if out is None else out
     written: set[Grid] = set()
     for group in groups:
-        _sum_rows(group, output, maps, table, staged, attention, group.grid in written)
+        _sum_rows(group, output, maps, table, staged, out, group.grid in written)
         written.add(group.grid)
-    return attention
-
-
-def _attention(batch_size: int, output: Grid, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(batch_size, _cells(output), _cells(output), dtype=dtype, device=device)
 
 
 def _cells(grid: Grid) -> int:
