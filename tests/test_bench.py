@@ -594,3 +594,5 @@ def test_unavailable_rows_are_skipped(timer: Timer) -> None:
         assert (record["state"], record["reason"]) == ("skipped", "there is no case 'unheard of' for merge")
         with pytest.raises(Unavailable):
             made.plan(Row("merge", "unheard of"))
+        with pytest.raises(Unavailable, match="of images of 512 x 512"):
+            made.plan(Row("merge", "golden", (320, 320)))

@@ -22,6 +22,7 @@ from .cost import SD14, Layer
 GOLDEN = Path(__file__).parents[2] / "tests" / "data"
 """Results of the published code on synthetic attention; in a checkout only."""
 
+_GOLDEN_SIZE = (512, 512)
 _GOLDEN_SIDES = (64, 32, 16, 8)
 _GOLDEN_THRESHOLD = 0.5
 _NOISE_THRESHOLD = 0.3  # maps of uniform noise lie at 0.5: nothing merges, no pair can be pruned
@@ -82,10 +83,12 @@ def golden_available() -> bool:
     return GOLDEN.joinpath("case1.npz").exists()
 
 
-def golden(batch: int, device: torch.device, dtype: torch.dtype) -> Case:
+def golden(size: Grid, batch: int, device: torch.device, dtype: torch.dtype) -> Case:
     """Two heads of 16 channels on grids of 64, 32, 16 and 8; the images of a batch are the cases in turn."""
     if not golden_available():
         raise Unavailable("the golden cases are in a checkout only (tests/data)")
+    if size != _GOLDEN_SIZE:
+        raise Unavailable("the golden cases are of images of {} x {}".format(*_GOLDEN_SIZE))
 
     def layers(letter: str) -> list[Tensor]:
         images = [_golden(1 + item % 3) for item in range(batch)]
@@ -95,7 +98,7 @@ def golden(batch: int, device: torch.device, dtype: torch.dtype) -> Case:
         ]
 
     grids = [(side, side) for side in _GOLDEN_SIDES]
-    return Case("golden", layers("q"), layers("k"), grids, (512, 512), _GOLDEN_THRESHOLD)
+    return Case("golden", layers("q"), layers("k"), grids, _GOLDEN_SIZE, _GOLDEN_THRESHOLD)
 
 
 @cache

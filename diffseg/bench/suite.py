@@ -188,7 +188,7 @@ class Suite:
     def _made(self, row: Row) -> Case:
         dtype = self.settings.dtype
         if row.case == "golden":
-            return cases.golden(row.batch, self.device, dtype)
+            return cases.golden(row.size, row.batch, self.device, dtype)
         if row.case == "bundled":
             return cases.bundled(row.size, row.batch, self.device)
         if row.case == "sd14":
