@@ -28,6 +28,7 @@ from diffusers.models.attention_processor import (
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from . import ops
 from .reference import Grid
 
 _DEFAULT_SCALE = (AttnProcessor2_0, FusedAttnProcessor2_0)  # scale by d ** -0.5, whatever attn.scale says
@@ -81,6 +82,12 @@ class AttentionRecord:
     def names(self) -> list[str]:
         """Path of each Attention module in the UNet."""
         return [layer.name for layer in self._settled()]
+
+    def aggregate(self, **options: Any) -> Tensor:
+        """A_f [B, N, N] of the recorded self-attention: :func:`diffseg.aggregate` with ``options``, such as weights."""
+        return ops.aggregate(
+            self.queries, self.keys, grids=self.grids, scales=self.scales, logsumexps=self.logsumexps, **options
+        )
 
     def _settled(self) -> list[_Layer]:
         if self._recorder is not None:

@@ -444,15 +444,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         """A_f [B, N, N] and its grid, from pixels [B, 3, h, w] in [0, 1]."""
         record = self._record(pixels, timestep, clock, compiled=compiled)
         with clock("aggregate"):
-            attention = ops.aggregate(
-                record.queries,
-                record.keys,
-                grids=record.grids,
-                scales=record.scales,
-                logsumexps=record.logsumexps,
-                weights=weights,
-                backend=backend,
-            )
+            attention = record.aggregate(weights=weights, backend=backend)
         return attention, ops.output_grid(record.grids)
 
     def _record(

@@ -142,15 +142,7 @@ def _tables(pipe: Any, sample: Sample, points: Sequence[Point]) -> runs.Result:
             record = record or pipe.record(
                 sample.image, timestep=timestep, processing_resolution=alike[0].processing_resolution
             )
-            attention = ops.aggregate(
-                record.queries,
-                record.keys,
-                grids=record.grids,
-                scales=record.scales,
-                logsumexps=record.logsumexps,
-                weights=weights,
-                backend=alike[0].backend,
-            )
+            attention = record.aggregate(weights=weights, backend=alike[0].backend)
             check_finite(attention, sample.name)
             for settings in alike:
                 labels = diffseg_labels(attention, ops.output_grid(record.grids), size, settings)

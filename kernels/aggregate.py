@@ -481,18 +481,8 @@ def _rows_kernel(
             mass = tl.zeros([], tl.float32)
             for start in range(0, cells, BLOCK):
                 column = start + tl.arange(0, BLOCK)
-                part = _row_block(
-                    base + batch * stride_mb * UNIT,
-                    index,
-                    column,
-                    cells,
-                    heads,
-                    stride_mh,
-                    stride_mq,
-                    stride_mk,
-                    UNIT,
-                    BLOCK,
-                )
+                maps = base + batch * stride_mb * UNIT
+                part = _row_block(maps, index, column, cells, heads, stride_mh, stride_mq, stride_mk, UNIT, BLOCK)
                 mass += _mass(part, weights, column, cells)
             masses = tl.where(slot == layer, mass, masses)
     for start in range(0, cells, BLOCK):
@@ -500,18 +490,8 @@ def _rows_kernel(
         total = tl.zeros([1, BLOCK], tl.float32)
         for layer in range(layers):
             base, _, _, ratio, _ = _layer(table, layer, first, UNIT)
-            part = _row_block(
-                base + batch * stride_mb * UNIT,
-                index,
-                column,
-                cells,
-                heads,
-                stride_mh,
-                stride_mq,
-                stride_mk,
-                UNIT,
-                BLOCK,
-            )
+            maps = base + batch * stride_mb * UNIT
+            part = _row_block(maps, index, column, cells, heads, stride_mh, stride_mq, stride_mk, UNIT, BLOCK)
             mass = tl.sum(tl.where(slot == layer, masses, 0.0), 0)
             if SINGLE:
                 mass = _mass(part, weights, column, cells)
