@@ -55,19 +55,33 @@ install() {
     "$python" -P -m diffseg.cli info
 }
 
+# Rows of one name. Where one fails, each backend alone: the other's figures are not lost with it.
 bench() {
-    local name=$1
+    local name=$1 backend
     shift
-    within "bench $name" "$python" -P -m diffseg.cli bench "$@" --device cuda --json "$out/$name.json"
+    within "bench $name" "$python" -P -m diffseg.cli bench "$@" --device cuda --json "$out/$name.json" && return
+    for backend in cuda triton; do
+        within "bench $name, $backend" "$python" -P -m diffseg.cli bench "$@" --device cuda --backend $backend \
+            --json "$out/$name-$backend.json"
+    done
+    return 1
 }
 
 run_build_test() {
-    local files
-    mapfile -t files < <(grep -lE 'mark\.gpu' tests/test_*.py)
-    if ! "$python" -c "import diffusers" 2>/dev/null; then
-        mapfile -t files < <(grep -LE '\bdiffusers\b' "${files[@]}")
+    local status=0
+    gpu_tests kernels tests/test_gpu_kernels.py tests/test_compat.py || status=$?
+    if "$python" -P -c "import diffusers" 2>/dev/null; then
+        gpu_tests networks tests/test_recorded.py tests/test_capture.py tests/test_folder.py -k "not inductor" || status=$?
+        gpu_tests inductor tests/test_recorded.py tests/test_capture.py -k inductor || status=$?  # compiles for minutes
     fi
-    within "tests marked gpu" "$python" -P -m pytest -m gpu "${files[@]}" -q --durations=10 --junitxml "$out/gpu-tests.xml"
+    return $status
+}
+
+gpu_tests() {
+    local name=$1
+    shift
+    within "tests marked gpu: $name" "$python" -P -m pytest -m gpu "$@" -q --durations=10 \
+        --junitxml "$out/gpu-tests-$name.xml"
 }
 
 run_bench() {
@@ -77,7 +91,7 @@ run_bench() {
     bench calls call maps --seconds 0.3 --passes "${PASSES:-1}" || status=$?
     bench batches segment --case sd14 --batch 4 8 --seconds 0.5 --passes "${PASSES:-1}" || status=$?
     bench sizes segment --case sd14 --size 320 768 1024 --seconds 0.5 --passes "${PASSES:-1}" || status=$?
-    if "$python" -c "import diffusers" 2>/dev/null; then
+    if "$python" -P -c "import diffusers" 2>/dev/null; then
         bench pipeline pipeline capture --architecture sd14 --batch 1 4 8 --seconds 2 --passes "${PASSES:-1}" ||
             status=$?
     fi
@@ -87,8 +101,9 @@ run_bench() {
 run_sanitize() {
     local status=0 tool
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    for tool in memcheck racecheck; do
-        within "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+    for tool in "memcheck --report-api-errors no" racecheck; do  # calls that PyTorch tries and handles are no errors
+        # shellcheck disable=SC2086
+        within "compute-sanitizer $tool" compute-sanitizer --tool $tool --error-exitcode 1 \
             --kernel-regex "kns=${DIFFSEG_KERNELS:-diffseg}" \
             "$python" -P benchmarks/small_inputs.py cuda || status=1
     done
@@ -96,12 +111,13 @@ run_sanitize() {
 }
 
 run_profile() {
-    local kernels kernel status=0
+    local kernels kernel skip status=0
     mapfile -t kernels < <("$python" -P benchmarks/slowest_kernels.py 2>>"$out/$phase.log")
     [ ${#kernels[@]} -gt 0 ] || { echo "no kernel was found: see $out/$phase.log" >&2; return 1; }
     for kernel in "${kernels[@]}"; do
-        within "ncu $kernel" ncu --set full --clock-control none --kernel-name "$kernel" --launch-count 1 \
-            --force-overwrite --export "$out/$kernel" --page details \
+        read -r kernel skip <<<"$kernel"
+        within "ncu $kernel" ncu --set full --clock-control none --kernel-name "$kernel" --launch-skip "$skip" \
+            --launch-count 1 --force-overwrite --export "$out/$kernel" --page details \
             "$python" -P benchmarks/slowest_kernels.py --run || status=1
         ncu --import "$out/$kernel.ncu-rep" --page details >"$out/$kernel.txt" 2>/dev/null || status=1
     done

@@ -1,13 +1,15 @@
-"""Prints the names of the two kernels of this package that take longest in one stage at SD 1.4's shapes, on a GPU.
+"""Finds the two kernels of this package that take longest in one stage at SD 1.4's shapes, on a GPU.
 
-python -P benchmarks/slowest_kernels.py          # their names, the slowest first
-python -P benchmarks/slowest_kernels.py --run    # runs the stage, for a profiler around it
+python -P benchmarks/slowest_kernels.py          # name, and which launch of that name is the longest, from 0
+python -P benchmarks/slowest_kernels.py --run    # runs the stage once, for a profiler around it
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 
@@ -29,15 +31,25 @@ def main() -> None:
                 )
         torch.cuda.synchronize()
 
-    run()
     if "--run" in sys.argv:
         run()
         return
+    run()  # compiles
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
-    spent = {event.key: event.self_device_time_total for event in profile.key_averages() if OWN.search(event.key)}
-    for name in sorted(spent, key=lambda each: -spent[each])[:2]:
-        print(re.findall(r"\w+_kernel", name)[0])
+    events = sorted(profile.events(), key=lambda each: each.time_range.start)
+    for name, launch, _ in longest_launches((each.name, each.device_time_total) for each in events)[:2]:
+        print(name, launch)
+
+
+def longest_launches(launches: Iterable[tuple[str, float]]) -> list[tuple[str, int, float]]:
+    """Of launches in their order, each with its time: each kernel's name, its longest launch and that one's time."""
+    times = defaultdict(list)
+    for signature, time in launches:
+        if OWN.search(signature):
+            times[re.findall(r"\w+_kernel", signature)[0]].append(time)
+    found = [(name, max(range(len(all_of)), key=all_of.__getitem__), max(all_of)) for name, all_of in times.items()]
+    return sorted(found, key=lambda each: -each[2])
 
 
 if __name__ == "__main__":

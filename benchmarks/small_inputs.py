@@ -11,30 +11,61 @@ import torch
 
 import diffseg
 from diffseg.bench import cases, gates
+from diffseg.bench.cases import Case
 from diffseg.bench.cost import Layer
 
 LAYERS = [Layer((14, 18), 3, 40), Layer((7, 9), 3, 80), Layer((5, 6), 2, 20)]
 SIZE = (113, 145)
 
 
+TEXTS = ((77, 3), (120, 300))  # tokens of a text, masks
+
+
 def main() -> None:
     backend = sys.argv[1]
     device = torch.device("cpu" if backend == "cpu" else "cuda")
-    for dtype in (torch.float32,) if backend == "cpu" else (torch.float16, torch.float32):
-        for given in (False, True):
-            case = cases.structured("small", LAYERS, SIZE, 2, device, dtype, given=given)
-            attention = diffseg.aggregate(
-                case.queries, case.keys, grids=case.grids, logsumexps=case.logsumexps, backend=backend
-            )
-            gates.attention_gate(case)(attention)
-        gates.attention_gate(case, case.maps)(diffseg.aggregate_maps(case.maps, grids=case.grids, backend=backend))
+    for dtype in (torch.float32,) if backend == "cpu" else (torch.float16, torch.bfloat16, torch.float32):
+        case = check_aggregate(backend, device, dtype)
+        for tokens, masks in TEXTS:
+            check_words(backend, case, tokens, masks)
+    check_merge(backend, case)
+    print(f"{backend}: every result is right")
+
+
+def check_aggregate(backend: str, device: torch.device, dtype: torch.dtype) -> Case:
+    for given in (False, True):
+        case = cases.structured("small", LAYERS, SIZE, 2, device, dtype, given=given)
+        layers = {"grids": case.grids, "logsumexps": case.logsumexps, "backend": backend}
+        attention = diffseg.aggregate(case.queries, case.keys, **layers)
+        gates.attention_gate(case)(attention)
+        stored = diffseg.aggregate(case.queries, case.keys, dtype=torch.bfloat16, **layers)
+        torch.testing.assert_close(stored, attention.bfloat16(), rtol=2**-7, atol=1e-30)  # of one unit
+    gates.attention_gate(case, case.maps)(diffseg.aggregate_maps(case.maps, grids=case.grids, backend=backend))
+    return case
+
+
+def check_words(backend: str, case: Case, tokens: int, masks: int) -> None:
+    """The two ops that name masks, with keys of a text made from those of the image."""
+    text = [key[:, :, torch.arange(tokens) % key.shape[2]] for key in case.keys]
+    shares = torch.eye(5, tokens, device=text[0].device)[None]
+    options = {"grids": case.grids, "tokens": shares, "size": case.size}
+    queries, keys = ([each.double() for each in layers] for layers in (case.queries, text))
+    expected = diffseg.aggregate_cross(queries, keys, backend="reference", **options)
+    maps = diffseg.aggregate_cross(case.queries, text, backend=backend, **options)
+    gates.entries_gate(lambda: expected)(maps)
+    labels = torch.arange(SIZE[0] * SIZE[1], dtype=torch.int32, device=maps.device).view(1, *SIZE).repeat(2, 1, 1)
+    labels = labels // 7 % masks
+    scores = diffseg.score_masks(maps, labels, masks=masks, backend=backend)
+    gates.entries_gate(lambda: diffseg.score_masks(expected, labels, masks=masks, backend="reference"))(scores)
+
+
+def check_merge(backend: str, case: Case) -> None:
     for side in (3, 8):
         for rule in ("paper", "official"):
-            proposals = diffseg.merge(attention, grid=case.grid, anchors=side, rule=rule, backend=backend)
+            proposals = diffseg.merge(case.attention, grid=case.grid, anchors=side, rule=rule, backend=backend)
             anchors = diffseg.ops.anchor_indices(case.grid, side)
-            gates.merge_gate(attention, case.grid, SIZE, anchors, [1.0] * 3, rule)(proposals)
+            gates.merge_gate(case.attention, case.grid, SIZE, anchors, [1.0] * 3, rule)(proposals)
             gates.label_gate(proposals, SIZE)(diffseg.label(proposals, SIZE, backend=backend))
-    print(f"{backend}: every result is right")
 
 
 if __name__ == "__main__":

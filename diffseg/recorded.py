@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -96,6 +96,7 @@ class Recording:
         self._pixels.zero_()
         self._weights = weights
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._result: Segmented | None = None
         if device.type == "cuda":
             with torch.cuda.device(device):
@@ -112,7 +113,8 @@ class Recording:
         return self._result
 
     def _capture(self, pool: Any) -> None:
-        stream = torch.cuda.Stream()
+        stream = self._stream = _stream_of_no_graph()
+        _CAPTURED.add(self)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_RUNS_AHEAD):
@@ -121,6 +123,19 @@ class Recording:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._result = self._run(self._pixels)
+
+
+_CAPTURED: WeakSet[Recording] = WeakSet()
+
+
+def _stream_of_no_graph() -> torch.cuda.Stream:
+    """A stream on which no living graph was captured, if there is one.
+
+    A graph's end may free what its stream's cuBLAS calls work in, and PyTorch hands out some 32 streams in turn.
+    """
+    taken = {each._stream.cuda_stream for each in _CAPTURED if each._stream is not None}
+    streams = [torch.cuda.Stream() for _ in range(len(taken) + 1)]
+    return next((each for each in streams if each.cuda_stream not in taken), streams[0])
 
 
 class Recordings:

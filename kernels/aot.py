@@ -93,10 +93,9 @@ def record(
     scales = [query.shape[3] ** -0.5 for query in queries]
     output = max(grids)
     positions = ops.anchor_indices(output, anchors)
+    attention = _attention(output)
     with launch.recording(target.generation, hip=target.gpu.backend == "hip") as launches:
-        attention = aggregate.aggregate(
-            queries, queries, grids, scales, rows, [1 / len(grids)] * len(grids), torch.float32
-        )
+        aggregate.aggregate(queries, queries, grids, scales, rows, [1 / len(grids)] * len(grids), attention)
         maps, counts = merge.merge(attention, output, positions, [1.0, 1.0], "paper")
         label.label(maps, counts, output, network.size)
     return launches
@@ -111,8 +110,13 @@ def record_maps(network: Network, dtype: torch.dtype, target: Target) -> list[la
         for _ in range(number)
     ]
     with launch.recording(target.generation, hip=target.gpu.backend == "hip") as launches:
-        aggregate.aggregate_maps(maps, grids, [1 / len(grids)] * len(grids), torch.float32)
+        aggregate.aggregate_maps(maps, grids, [1 / len(grids)] * len(grids), _attention(max(grids)))
     return launches
+
+
+def _attention(grid: Grid) -> Tensor:
+    cells = grid[0] * grid[1]
+    return torch.empty(1, cells, cells, device="meta")
 
 
 def record_cross(network: Network, dtype: torch.dtype, target: Target) -> list[launch.Launch]:

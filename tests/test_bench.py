@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -17,7 +18,8 @@ import pytest
 import torch
 
 import diffseg
-from diffseg import cli
+from diffseg import backends, cli
+from diffseg.backends import OPS
 from diffseg.bench import cases, ceilings, command, gates, passes, peers, plot, report, run, suite, timing
 from diffseg.bench.cases import Unavailable
 from diffseg.bench.cost import Ceilings, Layer
@@ -577,6 +579,40 @@ def test_the_device_script_explains_itself(words: Sequence[str]) -> None:
 
 def test_the_device_script_is_valid() -> None:
     assert subprocess.run(["bash", "-n", str(ROOT / "benchmarks" / "device.sh")]).returncode == 0
+
+
+def program(name: str) -> Any:
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_longest_launch_of_each_kernel() -> None:
+    sums = "void diffseg::(anonymous namespace)::sum_scores_kernel<(diffseg::Type)1, 80>(diffseg::Table)"
+    launches = [(sums, 3.0), ("_tiles_kernel", 1.0), ("vectorized_elementwise_kernel", 99.0), (sums, 8.0),
+                ("_tiles_kernel", 9.0), (sums, 7.0), ("_tiles_kernel", 2.0)]  # fmt: skip
+    found = program("slowest_kernels").longest_launches(launches)
+    assert found == [("_tiles_kernel", 1, 9.0), ("sum_scores_kernel", 1, 8.0)]
+
+
+def test_small_inputs_of_every_op(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a sanitizer looks at on a GPU, here on the C++ kernels."""
+    small = program("small_inputs")
+    called = set()
+    implementation = backends.implementation
+    monkeypatch.setattr(
+        backends,
+        "implementation",
+        lambda name, op, *a, **k: (called.add((name, op)), implementation(name, op, *a, **k))[1],
+    )
+    monkeypatch.setattr(sys, "argv", ["small_inputs.py", "cpu"])
+    small.main()
+    assert {op for name, op in called if name == "cpu"} == set(OPS)
+    assert capsys.readouterr().out == "cpu: every result is right\n"
 
 
 def test_the_pytest_entry_lists_the_same_rows() -> None:

@@ -781,7 +781,7 @@ def test_record_on_a_gpu(layout: Any, cross: bool) -> None:
 
 
 @pytest.mark.gpu
-def test_records_outlive_the_replays_of_a_cuda_graph() -> None:
+def test_records_outlive_the_replays_of_inductor_graphs() -> None:
     torch.compiler.reset()
     unet = tiny_unet("sd1", dtype=torch.float16, **{**TWO_LEVELS, "attention_head_dim": 2}).cuda()
     inputs = [unet_inputs(unet, 1, 16, 16, seed=seed) for seed in range(5)]

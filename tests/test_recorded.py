@@ -366,8 +366,8 @@ def gpu_pipe(checkpoint):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("backend", ["cuda", "triton", "reference"])
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "inductor"])
 def test_a_graph_gives_the_eager_labels(gpu_pipe, replays, backend, compile):
     given = [picture(128, 128, seed) for seed in range(6)]
     gpu_pipe.warmup(2, 128, 128, backend=backend, compile=compile)
@@ -427,15 +427,28 @@ def test_overflow_in_a_graph(gpu_pipe):
 
 @pytest.mark.gpu
 def test_release_gives_the_memory_back(gpu_pipe):
+    def reserved():
+        torch._C._cuda_clearCublasWorkspaces()  # one a stream, which PyTorch may keep until the process ends
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
     gpu_pipe(picture(128, 128))
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+    before = reserved()
     for size in ((128, 128), (128, 256), (192, 128)):
         gpu_pipe.warmup(1, *size, processing_resolution=size)
     held = torch.cuda.memory_reserved()
     gpu_pipe.release()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + 2**21 < held
+    assert reserved() <= before + 2**21 < held
+
+
+@pytest.mark.gpu
+def test_graphs_that_live_at_once_have_streams_of_their_own(gpu_pipe):
+    """More warm-ups than PyTorch has streams, which it hands out in turn."""
+    gpu_pipe.warmup(1, 128, 128)
+    for _ in range(33):
+        gpu_pipe.warmup(1, 64, 128)
+    streams = [each._stream.cuda_stream for each in gpu_pipe._recordings._held.values()]
+    assert len(streams) == len(set(streams)) == 2
 
 
 @pytest.mark.gpu
@@ -452,13 +465,14 @@ def test_soak_on_a_gpu(gpu_pipe):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("batch_size", "slowdown"), [(1, 1.05), (4, 1.05), (8, 1.05)])
-def test_full_size_against_the_bare_forward(batch_size, slowdown, record_property):
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("batch_size", [1, 4, 8])
+def test_full_size_against_the_bare_forward(batch_size, backend, record_property):
     """Stable Diffusion 1.4's architecture at 512: with segmentation against the same recorded forward without it."""
     pipe = quiet(DiffSegPipeline(**testing.stable_diffusion_components(dtype=torch.float16, device="cuda")))
     pipe.to("cuda")
     given = [picture(512, 512, seed) for seed in range(batch_size)]
-    pipe.warmup(batch_size, 512, 512)
+    pipe.warmup(batch_size, 512, 512, backend=backend)
     bare = torch.cuda.CUDAGraph()
     pixels = torch.rand(batch_size, 3, 512, 512, device="cuda")
     steps = torch.full((batch_size,), 300, device="cuda")
@@ -482,7 +496,7 @@ def test_full_size_against_the_bare_forward(batch_size, slowdown, record_propert
         for name, run in (
             ("whole", ours.replay),
             ("bare", bare.replay),
-            ("call", lambda: pipe(given, batch_size=batch_size)),
+            ("call", lambda: pipe(given, batch_size=batch_size, backend=backend)),
         ):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -495,6 +509,6 @@ def test_full_size_against_the_bare_forward(batch_size, slowdown, record_propert
     record_property("milliseconds", medians)
     record_property("images_a_second", images_a_second)
     record_property("peak_bytes", torch.cuda.max_memory_allocated())
-    assert medians["whole"] <= slowdown * medians["bare"]
+    assert medians["whole"] <= 1.05 * medians["bare"]
     if "H100" in torch.cuda.get_device_name():
         assert images_a_second >= 60

@@ -126,6 +126,7 @@ DIFFSEG_DEVICE void multiply_step(Scores& scores, const uint32_t (&a)[2][4], con
     }
 }
 
+// Of float32. The tensor cores cut off what they add to: each step is summed from zero, and added in float32.
 DIFFSEG_DEVICE void multiply_step_tf32(Scores& scores, const uint32_t (&high)[2][4], const uint32_t (&low)[2][4],
                                        const uint32_t (&b)[4], int j) {
     uint32_t b_high[4], b_low[4];
@@ -134,10 +135,12 @@ DIFFSEG_DEVICE void multiply_step_tf32(Scores& scores, const uint32_t (&high)[2]
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-            float(&sum)[4] = scores[i][j + n];
+            float sum[4] = {};
             multiply_tf32(sum, low[i], b_high[2 * n], b_high[2 * n + 1]);
             multiply_tf32(sum, high[i], b_low[2 * n], b_low[2 * n + 1]);
             multiply_tf32(sum, high[i], b_high[2 * n], b_high[2 * n + 1]);
+#pragma unroll
+            for (int c = 0; c < 4; ++c) scores[i][j + n][c] += sum[c];
         }
     }
 }
@@ -152,7 +155,7 @@ DIFFSEG_DEVICE void multiply_chunk(const unsigned char* stage, Scores& scores) {
     const unsigned char* b_row = stage +
                                  (kTile + threadIdx.x / 32 % 2 * kWarpColumns + lane / 16 * 8 + lane % 8) * kPitch +
                                  lane / 8 % 2 * 16;
-#pragma unroll
+#pragma unroll kType == Type::float32 ? 1 : kChunk / 32  // more of float32 spills
     for (int k = 0; k < kChunk; k += 32) {
         uint32_t a[2][4], low[2][4], b[4];
 #pragma unroll

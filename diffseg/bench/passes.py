@@ -98,7 +98,7 @@ def measure(suite: Suite, timer: Timer, task: Task, number: int) -> Outcome:
         timed = timer.race(timed, plan.inputs, number)
     except Unavailable as reason:
         return Outcome(obstacle=str(reason))
-    except (RuntimeError, ValueError, MemoryError) as error:
+    except Exception as error:  # a compiler's or a driver's own: it ends the row, not the run
         return Outcome(failure=f"{type(error).__name__}: {error}")
     samples = {each.contender.name: each.samples for each in timed}
     return Outcome(samples, elapsed=time.perf_counter() - start)

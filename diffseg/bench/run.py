@@ -138,7 +138,7 @@ def run_row(suite: Suite, row: Row, timer: Timer, limits: Ceilings) -> Record:
         return {**record, "state": "skipped", "reason": str(reason)}
     except GateError as error:
         return {**record, "state": "failed", "reason": str(error)}
-    except (RuntimeError, ValueError, MemoryError) as error:
+    except Exception as error:  # a compiler's or a driver's own: it ends the row, not the run
         return {**record, "state": "failed", "reason": f"{type(error).__name__}: {error}"}
     record |= {"state": "measured", **described, "contenders": [_entry(each) for each in timed]}
     record["elapsed_seconds"] = [time.perf_counter() - start]
