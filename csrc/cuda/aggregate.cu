@@ -31,7 +31,7 @@ constexpr int kThreads = 256;
 constexpr int kWarpRows = 32, kWarpColumns = 64;
 constexpr int kMostLayers = 32;
 constexpr int kMostSegments = 16;
-constexpr int kPartBytes = 16 << 20;    // of the partial sums of one grid, at most
+constexpr int kPartBytes = 16 << 20;    // of an image's partial sums of one grid, at most: no matter the batch
 constexpr int kBlocksWanted = 2 * 132;  // of the low-resolution sums
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -461,13 +461,14 @@ class Aggregation {
             for (int width = 0; width < kWidths; ++width) add_parts(low, width);
     }
 
-    // Layers in a part: few enough that the blocks fill a GPU, unless the parts would take too much memory; one where
-    // each layer's rows have a mass of their own.
+    // Layers in a part: few enough that one image's blocks fill a GPU, unless the parts would take too much memory; one
+    // where each layer's rows have a mass of their own. An image is summed alike in every batch.
     int layers_in_part(const LowGrid& low, int count) const {
         if (!low.alike) return 1;
         const int tiles = ceil_div(low.grid.cells(), kTile);
         const int wanted = ceil_div(kBlocksWanted, tiles * tiles);
-        const int most = std::max<int>(1, kPartBytes / (square(low.grid) * sizeof(float)));
+        const size_t image = size_t(low.grid.cells()) * low.grid.cells() * sizeof(float);
+        const int most = std::max<int>(1, kPartBytes / image);
         return std::min(kMostLayers, ceil_div(count, std::min(wanted, most)));
     }
 
