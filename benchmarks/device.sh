@@ -28,6 +28,7 @@ out=${OUT:-$root/benchmarks/results/device}
 python=${PYTHON:-python3}
 deadline=$((SECONDS + 460))
 mkdir -p "$out"
+export PYTHONSAFEPATH=1 # kernels/ hides no installed package, from Python 3.11 on
 export DIFFSEG_CUDA=1 DIFFSEG_CUDA_ARCHS=${DIFFSEG_CUDA_ARCHS:-90a} PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-16}
 
 # Runs a command for no longer than what is left of the phase, and keeps what it prints.
@@ -49,19 +50,19 @@ install() {
             "$root"/wheels/*.whl || return
         export PYTHONPATH=/tmp/diffseg-wheels${PYTHONPATH:+:$PYTHONPATH}
     fi
-    if [ "$phase" = build-test ] || ! "$python" -P -c "import diffseg._cuda" 2>/dev/null; then
+    if [ "$phase" = build-test ] || ! "$python" -c "import diffseg._cuda" 2>/dev/null; then
         "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable . || return
     fi
-    "$python" -P -m diffseg.cli info
+    "$python" -m diffseg.cli info
 }
 
 # Rows of one name. Where one fails, each backend alone: the other's figures are not lost with it.
 bench() {
     local name=$1 backend
     shift
-    within "bench $name" "$python" -P -m diffseg.cli bench "$@" --device cuda --json "$out/$name.json" && return
+    within "bench $name" "$python" -m diffseg.cli bench "$@" --device cuda --json "$out/$name.json" && return
     for backend in cuda triton; do
-        within "bench $name, $backend" "$python" -P -m diffseg.cli bench "$@" --device cuda --backend $backend \
+        within "bench $name, $backend" "$python" -m diffseg.cli bench "$@" --device cuda --backend $backend \
             --json "$out/$name-$backend.json"
     done
     return 1
@@ -70,7 +71,7 @@ bench() {
 run_build_test() {
     local status=0
     gpu_tests kernels tests/test_gpu_kernels.py tests/test_compat.py || status=$?
-    if "$python" -P -c "import diffusers" 2>/dev/null; then
+    if "$python" -c "import diffusers" 2>/dev/null; then
         gpu_tests networks tests/test_recorded.py tests/test_capture.py tests/test_folder.py -k "not inductor" || status=$?
         gpu_tests inductor tests/test_recorded.py tests/test_capture.py -k inductor || status=$?  # compiles for minutes
     fi
@@ -80,7 +81,7 @@ run_build_test() {
 gpu_tests() {
     local name=$1
     shift
-    within "tests marked gpu: $name" "$python" -P -m pytest -m gpu "$@" -q --durations=10 \
+    within "tests marked gpu: $name" "$python" -m pytest -m gpu "$@" -q --durations=10 \
         --junitxml "$out/gpu-tests-$name.xml"
 }
 
@@ -91,7 +92,7 @@ run_bench() {
     bench calls call maps --seconds 0.3 --passes "${PASSES:-1}" || status=$?
     bench batches segment --case sd14 --batch 4 8 --seconds 0.5 --passes "${PASSES:-1}" || status=$?
     bench sizes segment --case sd14 --size 320 768 1024 --seconds 0.5 --passes "${PASSES:-1}" || status=$?
-    if "$python" -P -c "import diffusers" 2>/dev/null; then
+    if "$python" -c "import diffusers" 2>/dev/null; then
         bench pipeline pipeline capture --architecture sd14 --batch 1 4 8 --seconds 2 --passes "${PASSES:-1}" ||
             status=$?
     fi
@@ -105,20 +106,20 @@ run_sanitize() {
         # shellcheck disable=SC2086
         within "compute-sanitizer $tool" compute-sanitizer --tool $tool --error-exitcode 1 \
             --kernel-regex "kns=${DIFFSEG_KERNELS:-diffseg}" \
-            "$python" -P benchmarks/small_inputs.py cuda || status=1
+            "$python" benchmarks/small_inputs.py cuda || status=1
     done
     return $status
 }
 
 run_profile() {
     local kernels kernel skip status=0
-    mapfile -t kernels < <("$python" -P benchmarks/slowest_kernels.py 2>>"$out/$phase.log")
+    mapfile -t kernels < <("$python" benchmarks/slowest_kernels.py 2>>"$out/$phase.log")
     [ ${#kernels[@]} -gt 0 ] || { echo "no kernel was found: see $out/$phase.log" >&2; return 1; }
     for kernel in "${kernels[@]}"; do
         read -r kernel skip <<<"$kernel"
         within "ncu $kernel" ncu --set full --clock-control none --kernel-name "$kernel" --launch-skip "$skip" \
             --launch-count 1 --force-overwrite --export "$out/$kernel" --page details \
-            "$python" -P benchmarks/slowest_kernels.py --run || status=1
+            "$python" benchmarks/slowest_kernels.py --run || status=1
         ncu --import "$out/$kernel.ncu-rep" --page details >"$out/$kernel.txt" 2>/dev/null || status=1
     done
     return $status

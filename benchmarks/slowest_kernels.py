@@ -1,7 +1,7 @@
 """Finds the two kernels of this package that take longest in one stage at SD 1.4's shapes, on a GPU.
 
-python -P benchmarks/slowest_kernels.py          # name, and which launch of that name is the longest, from 0
-python -P benchmarks/slowest_kernels.py --run    # runs the stage once, for a profiler around it
+python benchmarks/slowest_kernels.py          # name, and which launch of that name is the longest, from 0
+python benchmarks/slowest_kernels.py --run    # runs the stage once, for a profiler around it
 """
 
 from __future__ import annotations

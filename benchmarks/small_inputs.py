@@ -1,6 +1,6 @@
 """Runs every op of one backend on small inputs with odd sizes and checks the results: what a sanitizer looks at.
 
-python -P benchmarks/small_inputs.py BACKEND
+python benchmarks/small_inputs.py BACKEND
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 # Read when OpenMP is loaded, so set before torch is: threads that wait sleep instead of spinning. On a busy machine
 # tests of many small steps take several times as long with spinning ones.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# For interpreters that tests start: as -P, which Python 3.10 lacks, it keeps kernels/ from hiding installed packages.
+os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ the real thing: the ops' validation, native.py, the entry points, the plans of l
 With every access to global memory checked by the address sanitizer:
 
     export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
-    DIFFSEG_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 python -P -m pytest tests/test_cuda_host.py
+    DIFFSEG_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 python -m pytest tests/test_cuda_host.py
 """
 
 from __future__ import annotations

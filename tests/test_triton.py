@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 def run(*arguments: str, **environment: str) -> str:
     """Output of a Python process in the checkout; fails with it where the process does."""
     result = subprocess.run(
-        [sys.executable, "-P", *arguments],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env=os.environ | environment,
         stdout=subprocess.PIPE,
