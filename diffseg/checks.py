@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -62,10 +63,11 @@ def check_grids(grids: Sequence[Grid] | None, cells: Sequence[int], name: str = 
     if grids is None:
         checked = [(math.isqrt(n), math.isqrt(n)) for n in cells]
     else:
-        if not isinstance(grids, Sequence) or isinstance(grids, str):
+        pairs = plain(grids)
+        if not isinstance(pairs, Sequence) or isinstance(pairs, str):
             raise TypeError(f"{name}: expected a list of (height, width), got {describe(grids)}")
-        check_length(name, grids, len(cells))
-        checked = [check_pair(name, grid) for grid in grids]
+        check_length(name, pairs, len(cells))
+        checked = [check_pair(name, grid) for grid in pairs]
     for grid, n in zip(checked, cells, strict=True):
         if grid[0] * grid[1] != n:
             hint = f"; {n} is no square: pass {name}=" if grids is None else ""
@@ -78,18 +80,25 @@ def check_grids(grids: Sequence[Grid] | None, cells: Sequence[int], name: str = 
 
 
 def check_pair(name: str, pair: Any) -> Grid:
-    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+    sides = plain(pair)
+    if not isinstance(sides, Sequence) or isinstance(sides, str) or len(sides) != 2:
         raise TypeError(f"{name}: expected (height, width), got {describe(pair)}")
-    for side in pair:
+    for side in sides:
         check_integer(name, side, 1)
-    return int(pair[0]), int(pair[1])
+    return int(sides[0]), int(sides[1])
 
 
-def check_integer(name: str, value: Any, smallest: int) -> None:
+def check_integer(name: str, value: Any, smallest: int, largest: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an int, got {describe(value)}")
-    if value < smallest:
-        raise ValueError(f"{name}: expected at least {smallest}, got {value}")
+    if int(value) < smallest or (largest is not None and int(value) > largest):
+        expected = f"at least {smallest}" if largest is None else f"{smallest} to {largest}"
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(plain(value), bool):
+        raise TypeError(f"{name}: expected a bool, got {describe(value)}")
 
 
 def check_numbers(name: str, values: Any, length: int) -> list[float]:
@@ -165,4 +174,6 @@ def plain(value: Any) -> Any:
 def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}, {value.dtype}"
-    return f"{type(value).__name__} {value!r}"[:100]
+    if getattr(value, "ndim", 0):  # an array, whose values would take several lines
+        return f"{type(value).__name__} of shape {list(value.shape)}, {value.dtype}"
+    return re.sub(r"\s*\n\s*", " ", f"{type(value).__name__} {value!r}")[:100]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, evaluate, loading, study
+from . import __version__, evaluate, loading, native, study
 from .backends import BACKENDS, available_backends, explain_backends
 from .bench import command as bench
 from .checks import RULES
@@ -22,15 +23,19 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, 1 if an image failed, 2 if the request was wrong."""
+    """Runs a command; returns the exit status: 0, 1 if work failed, 2 if the request was wrong, 130 if interrupted."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
+        _check_instruction_set()
         return command(options)
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         print(f"diffseg: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("diffseg: interrupted", file=sys.stderr)
+        return 130
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument("--force", action="store_true", help="overwrite outputs that exist")
     loading.add_arguments(segment)
     segment.add_argument("--threshold", type=float, help="merge maps nearer than this (default: the model's own)")
-    segment.add_argument("--anchors", type=int, default=16, help="anchors a side (default: %(default)s)")
+    segment.add_argument(
+        "--anchors", type=int, default=16, help="anchors a side, as many as the grid has at most (default: %(default)s)"
+    )
     segment.add_argument("--iterations", type=int, default=3, help="merging rounds (default: %(default)s)")
     segment.add_argument("--rule", choices=RULES, default="paper", help="merging rule (default: %(default)s)")
     segment.add_argument("--resolution", type=int, help="longer side when processed (default: the model's own)")
@@ -76,9 +83,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _positive(given: str) -> int:
-    if int(given) < 1:
+    try:
+        number = int(given)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an int, got {given!r}") from None
+    if number < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {given}")
-    return int(given)
+    return number
+
+
+def _check_instruction_set() -> None:
+    """Refuses a ``DIFFSEG_CPU_ISA`` that this machine lacks, which would come up wherever a backend is chosen."""
+    if os.environ.get("DIFFSEG_CPU_ISA"):
+        try:
+            native.cpu()
+        except ImportError:  # not built: nothing to choose
+            return
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 def _segment(options: argparse.Namespace) -> int:
@@ -91,11 +113,13 @@ def _segment(options: argparse.Namespace) -> int:
     for name, given in (("--captioner", options.captioner is not None), ("--keep-masks", options.keep_masks)):
         if given and not options.semantic:
             raise UsageError(f"{name}: expected --semantic, --caption or --labels with it")
-    jobs, incomplete = _plan(
-        _expand(options.images), Path(options.output), force=options.force, semantic=options.semantic
-    )
+    output = Path(options.output)
+    loading.check_output("--output", output)
+    jobs, incomplete = _plan(_expand(options.images, output), output, force=options.force, semantic=options.semantic)
     if not jobs:
         return 1 if incomplete else 0
+    loading.check_backend(options.backend, loading.find_device(options.device))
+    loading.check_checkpoint("--captioner", options.captioner)
 
     from tqdm import tqdm
 
@@ -107,12 +131,13 @@ def _segment(options: argparse.Namespace) -> int:
     }
     asked |= {"processing_resolution": options.resolution, "time_stages": options.time, **_naming(options, pipe)}
     _check(pipe, asked)
+    _load_captioner(pipe, asked)
     with tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1) as progress:
 
         def done(job: Any, outcome: Any) -> None:
             progress.update()
             if outcome.error is not None:
-                progress.write(f"{job.source}: {outcome.error}", file=sys.stderr)
+                progress.write(_failure(job, outcome.error), file=sys.stderr)
 
         outcomes, seconds = segment_files(pipe, jobs, asked, batch_size=options.batch_size, done=done)
     written = [(job.overlay, each.segments) for job, each in zip(jobs, outcomes, strict=True) if each.error is None]
@@ -127,8 +152,16 @@ def _segment(options: argparse.Namespace) -> int:
     return 1 if failed or incomplete else 0
 
 
-def _expand(patterns: Sequence[str]) -> list[Path]:
-    """The files that paths, folders and glob patterns name, in order, each once."""
+def _failure(job: Job, error: Exception) -> str:
+    """The error of an image, which it names once."""
+    return str(error) if str(job.source) in str(error) else f"{job.source}: {error}"
+
+
+def _expand(patterns: Sequence[str], output: Path) -> list[Path]:
+    """The files that paths, folders and glob patterns name, in order, each once.
+
+    Folders and patterns do not name the results of an earlier run in ``output``.
+    """
     from .images import SUFFIXES
 
     files: list[Path] = []
@@ -136,16 +169,37 @@ def _expand(patterns: Sequence[str]) -> list[Path]:
         path = Path(pattern)
         if path.is_dir():
             found = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES)
+            found = _without_results(found, output)
             if not found:
                 raise UsageError(f"{path}: expected a folder with images ({', '.join(SUFFIXES)}), found none")
         elif path.exists() or not glob.has_magic(pattern):
             found = [path]
         else:
             found = sorted(Path(each) for each in glob.glob(pattern, recursive=True))
+            found = _without_results(found, output)
             if not found:
                 raise UsageError(f"{pattern}: no file matches")
         files += found
     return list(dict.fromkeys(files))
+
+
+def _results(directory: Path, source: Path) -> tuple[Path, Path, Path]:
+    """Where the labels, the overlay and the listing of an image go."""
+    labels, overlay, listing = (
+        directory / f"{source.stem}_{kind}" for kind in ("labels.png", "overlay.png", "segments.json")
+    )
+    return labels, overlay, listing
+
+
+def _without_results(found: Sequence[Path], output: Path) -> list[Path]:
+    """``found`` without labels and overlays, both of them, that lie in ``output`` beside their image."""
+    there = set(found)
+    results: set[Path] = set()
+    for source in found:
+        written = _results(source.parent, source)[:2]
+        if there.issuperset(written) and source.parent.resolve() == output.resolve():
+            results.update(written)
+    return [path for path in found if path not in results]
 
 
 def _plan(sources: Sequence[Path], directory: Path, *, force: bool, semantic: bool) -> tuple[list[Job], int]:
@@ -155,18 +209,20 @@ def _plan(sources: Sequence[Path], directory: Path, *, force: bool, semantic: bo
     """
     from .folder import Job
 
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"--output: expected a folder, {directory} is a file")
     taken: dict[str, Path] = {}
+    inputs = {source.resolve(): source for source in sources}
     jobs, kept, incomplete = [], 0, 0
     for source in sources:
         if source.stem in taken:
             raise UsageError(f"{taken[source.stem]} and {source} would both write {source.stem}_labels.png")
         taken[source.stem] = source
-        labels, overlay, listing = (
-            directory / f"{source.stem}_{kind}" for kind in ("labels.png", "overlay.png", "segments.json")
-        )
+        labels, overlay, listing = _results(directory, source)
         job = Job(source, labels, overlay, listing if semantic else None)
+        for path in job.outputs:
+            if path.resolve() in inputs:
+                raise UsageError(
+                    f"--output: {source} would be written to {path}, which is an input too: give another folder"
+                )
         missing = [output for output in job.outputs if not output.exists()]
         if force or missing == job.outputs:
             jobs.append(job)
@@ -222,8 +278,8 @@ def _check(pipe: Any, asked: dict[str, Any]) -> None:
 
     chosen = {name: asked[name] for name in ("threshold", "anchors", "iterations", "rule", "backend")}
     try:
-        pipe._options(**chosen, weights="proportional", timestep=None)
-        pipe._processed_size((1, 1), asked["processing_resolution"])
+        pipe.options(**chosen)
+        pipe.processed_size((1, 1), asked["processing_resolution"])
         if "semantic" in asked:
             captions, labels = semantics.check_request(
                 pipe.text_encoder, asked["caption"], asked["labels"], asked["captioner"], 1
@@ -232,6 +288,15 @@ def _check(pipe: Any, asked: dict[str, Any]) -> None:
                 semantics.prompts(captions, labels, 1)
     except (ValueError, TypeError) as error:
         raise UsageError(f"--{str(error).removeprefix('processing_')}") from error
+
+
+def _load_captioner(pipe: Any, asked: dict[str, Any]) -> None:
+    """Loads the model that writes captions, where one is needed, so that its error comes once."""
+    if "semantic" in asked and asked["caption"] is None and asked["labels"] is None:
+        try:
+            pipe.load_captioner(asked["captioner"])
+        except (OSError, ValueError, ImportError) as error:
+            raise UsageError(f"--captioner {asked['captioner']}: {error}") from error
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -252,6 +317,10 @@ def _info(options: argparse.Namespace) -> int:
     print("backends")
     for backend, state in explain_backends().items():
         print(f"  {backend}: {state}")
+    if BACKENDS["cpu"].unavailable() is None:
+        from . import _cpu
+
+        print(f"instruction set of the C++ kernels: {_cpu.isa()} (here: {', '.join(_cpu.available_isas())})")
     return 0
 
 

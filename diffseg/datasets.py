@@ -1,5 +1,6 @@
 """Data sets with true segmentations, in the layouts in which they are published.
 
+Images are read as :mod:`diffseg.images` reads those to segment, so upright, with transparent pixels laid on white.
 An image and its truth are centre-cropped to a square and resized to ``resolution``, the image bilinearly without
 antialiasing and labels to the nearest, as the published code does; or left as they are where there is no resolution.
 """
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from .images import SUFFIXES
+from .images import SUFFIXES, to_array, to_tensor
 from .reference import Grid
 
 Labels = NDArray[np.int32]
@@ -187,10 +188,9 @@ class Dataset:
         return replace(self, items=self.items[:count])
 
     def load(self, index: int) -> Sample:
-        """Reads one sample; a :class:`DatasetError` names the file that is not as it should be."""
+        """Reads one sample; a :class:`DatasetError` or an ``ImageError`` names the file that is not as it should be."""
         name, image_path, truth_path = self.items[index]
-        with Image.open(image_path) as file:
-            image = np.array(file.convert("RGB"))
+        image = to_array(to_tensor(image_path, str(image_path)))
         truths = self.format.read(truth_path)
         for truth in truths:
             _check_size(image_path, image.shape[:2], truth_path, truth.shape)
@@ -205,7 +205,7 @@ class Dataset:
             try:
                 _check_whole(item.image)
                 _check_whole(item.truth)
-                _check_size(item.image, _image_size(item.image), item.truth, self.format.size(item.truth))
+                _check_size(item.image, _upright_size(item.image), item.truth, self.format.size(item.truth))
             except FileNotFoundError as error:
                 yield item, f"{error.filename}: missing"
             except DatasetError as error:
@@ -417,6 +417,18 @@ def _chosen(items: list[Item], listed: list[str] | None, image_list: str | Path 
 def _image_size(path: Path) -> Grid:
     with Image.open(path) as image:
         return image.height, image.width
+
+
+_EXIF_ORIENTATION = 0x0112
+_TURNED = range(5, 9)  # orientations whose rows are the picture's columns
+
+
+def _upright_size(path: Path) -> Grid:
+    """(H, W) of the image as it is read, turned by its EXIF orientation, from the file's header alone."""
+    with Image.open(path) as image:
+        orientation = Image.Image.getexif(image).get(_EXIF_ORIENTATION)  # that of PNG files would decode them first
+        turned = orientation in _TURNED
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _check_size(image: Path, image_size: Sequence[int], truth: Path, truth_size: Sequence[int]) -> None:

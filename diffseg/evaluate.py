@@ -36,6 +36,8 @@ FIGURES = {
     "rand_index": "Rand index",
 }
 
+_SPLIT = "val"
+_LARGEST_SEED = 2**32 - 1  # of scikit-learn
 _ROWS_A_KIND = 3  # of the picture sheet: best, median, worst
 
 
@@ -61,7 +63,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output: str) -> None:
         help="results; a run into the same folder goes on where the last one stopped (default: %(default)s)",
     )  # fmt: skip
     data = parser.add_argument_group("data")
-    data.add_argument("--split", default="val", help="of a layout that has splits (default: %(default)s)")
+    data.add_argument("--split", help=f"of a layout that has splits (default: {_SPLIT})")
     data.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     data.add_argument(
         "--image-list", type=Path, metavar="FILE",
@@ -77,7 +79,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     parameters = parser.add_argument_group("DiffSeg")
     parameters.add_argument("--threshold", type=float, help="(default: the model's own)")
     parameters.add_argument("--timestep", type=int, help="(default: the model's own)")
-    parameters.add_argument("--anchors", type=int, default=16, help="a side (default: %(default)s)")
+    parameters.add_argument(
+        "--anchors", type=int, default=16, help="a side, as many as the grid has at most (default: %(default)s)"
+    )
     parameters.add_argument("--iterations", type=int, default=3, help="(default: %(default)s)")
     parameters.add_argument("--weights", choices=WEIGHT_SCHEMES, default="proportional", help="(default: %(default)s)")
     parameters.add_argument("--refine", action="store_true", help="add k-means refinement")
@@ -90,6 +94,8 @@ def run(options: argparse.Namespace) -> int:
     methods = _methods(options.methods)
     if options.clusters is not None and options.clusters < 1:
         raise UsageError(f"--clusters: expected at least 1, got {options.clusters}")
+    if not 0 <= options.seed <= _LARGEST_SEED:
+        raise UsageError(f"--seed: expected 0 to {_LARGEST_SEED}, got {options.seed}")
     state = runs.processes(options.device)
     dataset, pipe, settings = start(state, options, ("scipy", "sklearn"))
     clusters = options.clusters
@@ -134,11 +140,15 @@ def start(state: Any, options: argparse.Namespace, needed: Sequence[str]) -> tup
     """
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
-        raise UsageError(f"{', '.join(missing)} not installed: pip install 'diffseg[evaluate]'")
+        raise UsageError(f"{', '.join(missing)} not installed: pip install '.[evaluate]' in a checkout")
     if options.limit is not None and options.limit < 1:
         raise UsageError(f"--limit: expected at least 1, got {options.limit}")
-    dataset = runs.on_main(state, lambda: _checked_dataset(options))
+    if options.dataset == "folder" and options.split is not None:
+        raise UsageError(f"--split: expected a layout that has splits, got folder and {options.split!r}")
     device = runs.device_of(state, options.device)
+    loading.check_backend(options.backend, loading.find_device(device))
+    loading.check_output("--output", options.output)
+    dataset = runs.on_main(state, lambda: _checked_dataset(options))
     pipe = loading.load_pipeline(options.model, device, options.dtype, announce=state.is_main_process)
     settings = Settings(
         threshold=pipe.config.threshold if options.threshold is None else options.threshold,
@@ -150,8 +160,17 @@ def start(state: Any, options: argparse.Namespace, needed: Sequence[str]) -> tup
         processing_resolution=options.processing_resolution,
         backend=options.backend,
     )
-    check_settings(settings)
+    check(pipe, settings)
     return dataset, pipe, settings
+
+
+def check(pipe: DiffSegPipeline, settings: Settings) -> None:
+    """Raises UsageError where the settings are wrong, or not for this pipeline."""
+    check_settings(settings)
+    try:
+        pipe.options(timestep=settings.timestep)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
 
 
 def described_run(options: argparse.Namespace, pipe: DiffSegPipeline, settings: Settings) -> dict[str, Any]:
@@ -161,7 +180,7 @@ def described_run(options: argparse.Namespace, pipe: DiffSegPipeline, settings: 
         "diffseg": __version__,
         "dataset": options.dataset,
         "root": str(options.root.resolve()),
-        "split": options.split,
+        "split": options.split or _SPLIT,
         "resolution": options.resolution,
         "classes": options.classes,
         "unlabelled": options.unlabelled,
@@ -175,7 +194,7 @@ def _checked_dataset(options: argparse.Namespace) -> Dataset:
     dataset = datasets.open_dataset(
         options.dataset,
         options.root,
-        split=options.split,
+        split=options.split or _SPLIT,
         resolution=options.resolution,
         image_list=options.image_list,
         classes=options.classes,

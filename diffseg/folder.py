@@ -181,7 +181,7 @@ def _items(pipe: Any, read: Iterator[Future[Tensor]], resolution: Any, end: Call
     for index, future in enumerate(read):
         try:
             picture = future.result()
-            size = pipe._processed_size(tuple(picture.shape[1:]), resolution)
+            size = pipe.processed_size(tuple(picture.shape[1:]), resolution)
         except _FAILURES as error:
             end(index, Outcome(error=error))
         else:

@@ -49,11 +49,14 @@ def to_tensor(image: Any, name: str = "image") -> Tensor:
         if image.dtype.byteorder == ">":
             image = image.astype(image.dtype.newbyteorder("="))
         channels_last = image[..., None] if image.ndim == 2 else image
+        _check_shape(channels_last.shape[-1], image.shape, name, "an array")
         return _from_channels(torch.from_numpy(np.ascontiguousarray(channels_last)).movedim(-1, 0), name)
     if isinstance(image, Tensor):
         if image.ndim not in (2, 3):
             raise ImageError(f"{name}: expected {_ACCEPTED}, got a tensor of shape {list(image.shape)}")
-        return _from_channels(image.detach()[None] if image.ndim == 2 else image.detach(), name)
+        channels_first = image.detach()[None] if image.ndim == 2 else image.detach()
+        _check_shape(channels_first.shape[0], image.shape, name, "a tensor")
+        return _from_channels(channels_first, name)
     raise TypeError(f"{name}: expected {_ACCEPTED}, got {type(image).__name__}")
 
 
@@ -64,7 +67,9 @@ def _open(path: str | Path) -> Image.Image:
             return image
     except FileNotFoundError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path}: expected a readable image, got a file of no known image format") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path}: expected a readable image, got {error}") from error
 
 
@@ -83,10 +88,13 @@ def _from_pil(image: Image.Image, name: str) -> Tensor:
     return to_tensor(np.array(image.convert("RGBA" if transparent else "RGB")), name)
 
 
+def _check_shape(channels: int, shape: Sequence[int], name: str, kind: str) -> None:
+    if channels not in (1, 3, 4) or 0 in shape:
+        raise ImageError(f"{name}: expected {_ACCEPTED}, got {kind} of shape {list(shape)}")
+
+
 def _from_channels(image: Tensor, name: str) -> Tensor:
     channels, height, width = image.shape
-    if channels not in (1, 3, 4) or 0 in image.shape:
-        raise ImageError(f"{name}: expected {_ACCEPTED}, got shape {list(image.shape)}, channels first")
     if image.dtype in (torch.bool, torch.uint8, torch.uint16):
         image = image.float() / {torch.bool: 1, torch.uint8: 255, torch.uint16: 65535}[image.dtype]
     elif image.is_floating_point():

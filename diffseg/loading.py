@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .backends import BACKENDS
+
 if TYPE_CHECKING:
+    import torch
+
     from .pipeline import DiffSegPipeline
 
 STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4"
@@ -39,30 +46,77 @@ def load_pipeline(
     from .pipeline import DiffSegPipeline
     from .tiny import MODEL
 
+    check_checkpoint("--model", model)
+    place = find_device(device)
+    dtype = dtype or _fastest_dtype(place, model)
+    if announce:
+        print(f"using {_described(model, f'in {dtype} on {place}')}", file=sys.stderr)
     logging.disable_progress_bar()  # of loading, beside which the progress over images would not be seen
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or _fastest_dtype(device, model)
-    if model is None and announce:
-        print(
-            "using the bundled demonstration model, trained on generated scenes; for photographs, pass "
-            f"--model {STABLE_DIFFUSION}",
-            file=sys.stderr,
-        )
     try:
-        pipe = DiffSegPipeline.from_pretrained(model or MODEL, dtype=getattr(torch, dtype)).to(device)
+        pipe = DiffSegPipeline.from_pretrained(model or MODEL, dtype=getattr(torch, dtype)).to(place)
     except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"--model {model}: {error}") from error
+        raise UsageError(f"--model {model or MODEL}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     loaded: DiffSegPipeline = pipe
     return loaded
 
 
-def _fastest_dtype(device: str, model: str | None) -> str:
+def _described(model: str | None, where: str) -> str:
+    if model is not None:
+        return f"{model} {where}"
+    return (
+        f"the bundled demonstration model, trained on generated scenes, {where}; for photographs, pass "
+        f"--model {STABLE_DIFFUSION}"
+    )
+
+
+def find_device(name: str | None) -> torch.device:
+    """The torch device of that name, None: the default; UsageError where it cannot hold a tensor with values."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.zeros(1, device=name)
+        found.tolist()  # the meta device has no values
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return found.device
+
+
+def check_checkpoint(option: str, name: str | None) -> None:
+    """Raises UsageError where ``name`` can only be a folder's, and there is none."""
+    if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise UsageError(f"{option} {name}: no such folder")
+
+
+def check_backend(name: str, device: torch.device) -> None:
+    """Raises UsageError where a backend that is asked for by name cannot run on ``device``."""
+    import torch
+
+    if name != "auto":
+        try:
+            BACKENDS[name].can_run("merge", device, torch.float32, raise_error=True)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from error
+
+
+def check_output(option: str, folder: Path) -> None:
+    """Raises UsageError where no file could be written into ``folder``, which need not be there yet."""
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise UsageError(f"{option}: expected a folder, {nearest} is a file")
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise UsageError(f"{option}: no file can be written into {nearest} ({error.strerror})") from error
+
+
+def _fastest_dtype(device: torch.device, model: str | None) -> str:
     """By measurement: on CPUs bfloat16 halves the time of Stable Diffusion's shapes, and not that of narrow models."""
     import torch
 
-    if device.startswith("cuda"):
+    if device.type == "cuda":
         return "float16"
     native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    wide = model is not None and device == "cpu"
+    wide = model is not None and device.type == "cpu"
     return "bfloat16" if wide and any(getattr(torch.cpu, name, bool)() for name in native) else "float32"

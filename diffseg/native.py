@@ -2,6 +2,9 @@
 
 Here dtype, strides and device become what a kernel expects, outputs and workspace are allocated with torch, and the
 thread count or the stream is passed on.
+
+In a forked process the C++ kernels run on one thread by themselves. Torch's operators, which some ops call too, hang
+there, as anywhere else after a fork, until the process has called ``torch.set_num_threads(1)``.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -21,7 +24,7 @@ from .reference import Grid, non_finite_attention
 
 
 @cache
-def cpu() -> SimpleNamespace:
+def cpu() -> CpuKernels:
     """The ops of ``diffseg._cpu``; ImportError, with what to do, where it was not built.
 
     The instruction set is the best that the machine has, or the one that ``DIFFSEG_CPU_ISA`` names (avx512, avx2,
@@ -33,19 +36,11 @@ def cpu() -> SimpleNamespace:
         raise ImportError(f"diffseg._cpu is not built ({error}); reinstall with a C++17 compiler at hand") from error
     if forced := os.environ.get("DIFFSEG_CPU_ISA"):
         _cpu.use_isa(forced)
-    kernels = _CpuKernels(_cpu)
-    return SimpleNamespace(
-        aggregate=kernels.aggregate,
-        aggregate_maps=kernels.aggregate_maps,
-        merge=kernels.merge,
-        label=kernels.label,
-        aggregate_cross=kernels.aggregate_cross,
-        score_masks=kernels.score_masks,
-    )
+    return CpuKernels(_cpu)
 
 
 @cache
-def cuda() -> SimpleNamespace:
+def cuda() -> CudaKernels:
     """The ops of ``diffseg._cuda``; ImportError, with what to do, where it was not built or the driver is too old."""
     try:
         _cuda = import_module("diffseg._cuda")
@@ -63,23 +58,14 @@ def cuda() -> SimpleNamespace:
         )
     if torch.version.hip is not None or not torch.cuda.is_available():
         raise ImportError("no CUDA GPU is visible to torch")
-    kernels = CudaKernels(_cuda)
-    return SimpleNamespace(
-        aggregate=kernels.aggregate,
-        aggregate_maps=kernels.aggregate_maps,
-        merge=kernels.merge,
-        label=kernels.label,
-        aggregate_cross=kernels.aggregate_cross,
-        score_masks=kernels.score_masks,
-        obstacle=kernels.obstacle,
-    )
+    return CudaKernels(_cuda)
 
 
 def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-class _CpuKernels:
+class CpuKernels:
     """The ops of :mod:`diffseg.reference` on the C++ kernels; arithmetic is in float32."""
 
     def __init__(self, module: ModuleType) -> None:
@@ -98,20 +84,7 @@ class _CpuKernels:
         _check_finite(queries, keys)
         if logsumexps is not None:
             logsumexps = [logsumexp.float().contiguous() for logsumexp in logsumexps]
-        layers = [
-            self._module.Layer(
-                queries=self._view(queries[layer]),
-                keys=self._view(keys[layer]),
-                logsumexps=0 if logsumexps is None else logsumexps[layer].data_ptr(),
-                heads=queries[layer].shape[1],
-                depth=queries[layer].shape[3],
-                grid=grids[layer],
-                scale=scales[layer],
-                ratio=ratios[layer],
-                number=layer,
-            )
-            for layer in _by_size(grids)
-        ]
+        layers = self._layers(queries, keys, grids, scales, logsumexps, ratios)
         _aggregate_into(self._module.aggregate, layers, out)
 
     def aggregate_maps(
@@ -150,7 +123,7 @@ class _CpuKernels:
             maps.data_ptr(), counts.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if bad >= 0:
-            raise ValueError("attention: expected finite values, found NaN or infinity")
+            raise ValueError(f"attention: expected finite values, found NaN or infinity in image {bad}")
         return maps, counts
 
     def label(self, maps: Tensor, counts: Tensor, grid: Grid, size: Grid) -> Tensor:
@@ -175,20 +148,7 @@ class _CpuKernels:
         _check_finite(queries, keys)
         shares = shares.contiguous()
         batch_size, words, tokens = shares.shape
-        layers = [
-            self._module.Layer(
-                queries=self._view(queries[layer]),
-                keys=self._view(keys[layer]),
-                logsumexps=0,
-                heads=queries[layer].shape[1],
-                depth=queries[layer].shape[3],
-                grid=grids[layer],
-                scale=scales[layer],
-                ratio=1.0,
-                number=layer,
-            )
-            for layer in _by_size(grids)
-        ]
+        layers = self._layers(queries, keys, grids, scales, None, [1.0] * len(grids))
         maps = torch.empty(batch_size, words, *size)
         bad = self._module.aggregate_cross(
             layers, batch_size, shares.data_ptr(), words, tokens, size, maps.data_ptr(), torch.get_num_threads()
@@ -207,12 +167,40 @@ class _CpuKernels:
         )  # fmt: skip
         return scores
 
+    def _layers(
+        self,
+        queries: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        grids: Sequence[Grid],
+        scales: Sequence[float],
+        logsumexps: Sequence[Tensor] | None,
+        ratios: Sequence[float],
+    ) -> list[Any]:
+        """What the kernels call the layers; they point into the tensors and do not keep them."""
+        return [
+            self._module.Layer(
+                queries=self._view(queries[layer]),
+                keys=self._view(keys[layer]),
+                logsumexps=0 if logsumexps is None else logsumexps[layer].data_ptr(),
+                heads=queries[layer].shape[1],
+                depth=queries[layer].shape[3],
+                grid=grids[layer],
+                scale=scales[layer],
+                ratio=ratios[layer],
+                number=layer,
+            )
+            for layer in _by_size(grids)
+        ]
+
     def _view(self, tensor: Tensor) -> Any:
         return self._module.View(tensor.data_ptr(), _name(tensor.dtype), tensor.stride())
 
 
 class CudaKernels:
-    """The ops of :mod:`diffseg.reference` on the CUDA kernels; they wait for nothing and allocate with torch."""
+    """The ops of :mod:`diffseg.reference` on the CUDA kernels; they wait for nothing and allocate with torch.
+
+    Arguments, shapes and results are those of :mod:`diffseg.reference`.
+    """
 
     def __init__(self, module: ModuleType) -> None:
         self._module: Any = module
@@ -241,19 +229,7 @@ class CudaKernels:
             queries, keys = ([_rows_of_16_bytes(layer) for layer in layers] for layers in (queries, keys))
             if logsumexps is not None:
                 logsumexps = [logsumexp.float().contiguous() for logsumexp in logsumexps]
-            layers = [
-                self._module.Layer(
-                    queries=self._view(queries[layer]),
-                    keys=self._view(keys[layer]),
-                    logsumexps=0 if logsumexps is None else logsumexps[layer].data_ptr(),
-                    heads=queries[layer].shape[1],
-                    depth=queries[layer].shape[3],
-                    grid=grid,
-                    scale=scales[layer],
-                    ratio=ratios[layer],
-                )
-                for layer, grid in enumerate(grids)
-            ]
+            layers = self._layers(queries, keys, grids, scales, logsumexps, ratios)
             attention, output = self._output(grids, out)
             name = _name(queries[0].dtype)
             workspace = self._workspace(self._module.aggregate_workspace(layers, name, output), attention)
@@ -321,19 +297,7 @@ class CudaKernels:
             queries, keys = ([_rows_of_16_bytes(layer) for layer in layers] for layers in (queries, keys))
             shares = shares.contiguous()
             batch_size, count, tokens = shares.shape
-            layers = [
-                self._module.Layer(
-                    queries=self._view(query),
-                    keys=self._view(key),
-                    logsumexps=0,
-                    heads=query.shape[1],
-                    depth=query.shape[3],
-                    grid=grid,
-                    scale=scale,
-                    ratio=1.0,
-                )
-                for query, key, grid, scale in zip(queries, keys, grids, scales, strict=True)
-            ]
+            layers = self._layers(queries, keys, grids, scales, None, [1.0] * len(grids))
             words = self._module.Words(shares=shares.data_ptr(), count=count, tokens=tokens)
             maps = torch.empty(batch_size, count, *size, dtype=torch.float32, device=shares.device)
             workspace = self._workspace(self._module.aggregate_cross_workspace(layers, words, batch_size, size), maps)
@@ -360,6 +324,30 @@ class CudaKernels:
         """Makes ``device`` torch's current one, and gives its current stream to the kernels."""
         with torch.cuda.device(device):
             yield self._module.Queue(torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream)
+
+    def _layers(
+        self,
+        queries: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        grids: Sequence[Grid],
+        scales: Sequence[float],
+        logsumexps: Sequence[Tensor] | None,
+        ratios: Sequence[float],
+    ) -> list[Any]:
+        """What the kernels call the layers; they point into the tensors and do not keep them."""
+        return [
+            self._module.Layer(
+                queries=self._view(queries[layer]),
+                keys=self._view(keys[layer]),
+                logsumexps=0 if logsumexps is None else logsumexps[layer].data_ptr(),
+                heads=queries[layer].shape[1],
+                depth=queries[layer].shape[3],
+                grid=grid,
+                scale=scales[layer],
+                ratio=ratios[layer],
+            )
+            for layer, grid in enumerate(grids)
+        ]
 
     def _view(self, tensor: Tensor) -> Any:
         return self._module.View(tensor.data_ptr(), tensor.stride()[:3])

@@ -15,6 +15,7 @@ from .backends import check_name
 from .checks import (
     check_alike,
     check_attention,
+    check_bool,
     check_grids,
     check_integer,
     check_layers,
@@ -349,6 +350,7 @@ def segment(
     size = check_pair("size", size)
     check_thresholds(threshold, iterations)
     check_rule(rule)
+    check_bool("refine", refine)
     check_layers("queries", queries, dimensions=("batch", "heads", "n", "d"))
     grid = output_grid(check_grids(grids, [query.shape[2] for query in queries]))
     anchors = anchor_indices(grid, anchors)

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from . import backends, ops, semantics
 from . import images as image_io
 from .capture import AttentionRecord, record_attention
-from .checks import check_integer, check_pair, check_rule, check_thresholds, check_weight_scheme, plain
+from .checks import check_bool, check_integer, check_pair, check_rule, check_thresholds, check_weight_scheme, plain
 from .ops import Proposals, Rule, Weights
 from .recorded import (
     Options,
@@ -37,6 +37,9 @@ DEFAULT_THRESHOLD = 1.0
 """The paper's value for images in the wild with Stable Diffusion."""
 
 DEFAULT_TIMESTEP = 300
+
+TRAINING_STEPS = 1000
+"""Of Stable Diffusion's noise schedule, where a UNet's configuration names no other number."""
 
 _NOT_NEEDED = ("feature_extractor", "image_encoder", "requires_safety_checker", "safety_checker", "scheduler")
 
@@ -120,6 +123,9 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def to(self, *args: Any, **kwargs: Any) -> "DiffSegPipeline":
         """As ``DiffusionPipeline.to``; ends the recordings of weights that it moves."""
+        modules = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+        if all(getattr(part, "dtype", None) == kwargs.get("dtype") for part in modules):
+            kwargs.pop("dtype", None)  # diffusers warns that a cast loses precision, also where it changes nothing
         super().to(*args, **kwargs)
         self._recordings.drop_stale(self._networks())
         return self
@@ -194,7 +200,22 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         if output_type not in ("np", "pt", "pil"):
             raise ValueError(f"output_type: expected 'np', 'pt' or 'pil', got {output_type!r}")
         check_integer("batch_size", batch_size, 1)
-        options = self._options(threshold, anchors, iterations, rule, weights, timestep, backend)
+        for name, flag in (
+            ("refine", refine),
+            ("match_input_resolution", match_input_resolution),
+            ("semantic", semantic),
+            ("fuse", fuse),
+        ):
+            check_bool(name, flag)
+        options = self.options(
+            threshold=threshold,
+            anchors=anchors,
+            iterations=iterations,
+            rule=rule,
+            weights=weights,
+            timestep=timestep,
+            backend=backend,
+        )
         given = image_io.as_list(image)
         if semantic:
             captions, labels = semantics.check_request(self.text_encoder, caption, labels, captioner, len(given))
@@ -205,7 +226,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         pictures = [
             image_io.to_tensor(each, "image" if len(given) == 1 else f"image[{i}]") for i, each in enumerate(given)
         ]
-        sizes = [self._processed_size((each.shape[1], each.shape[2]), processing_resolution) for each in pictures]
+        sizes = [self.processed_size((each.shape[1], each.shape[2]), processing_resolution) for each in pictures]
 
         clock = _StageClock(self._execution_device if time_stages else None)
         if semantic:
@@ -289,8 +310,18 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         """
         for name, value in (("batch_size", batch_size), ("height", height), ("width", width)):
             check_integer(name, value, 1)
-        options = self._options(threshold, anchors, iterations, rule, weights, timestep, backend)
-        size = self._processed_size((height, width), processing_resolution)
+        for name, flag in (("compile", compile), ("match_input_resolution", match_input_resolution)):
+            check_bool(name, flag)
+        options = self.options(
+            threshold=threshold,
+            anchors=anchors,
+            iterations=iterations,
+            rule=rule,
+            weights=weights,
+            timestep=timestep,
+            backend=backend,
+        )
+        size = self.processed_size((height, width), processing_resolution)
         for network in self._networks():
             if hasattr(network, "_hf_hook"):
                 raise ValueError("warmup: expected weights that stay on one device, found hooks that move them")
@@ -329,9 +360,10 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Arguments as in :meth:`__call__`.
         """
-        pixels, timestep = self._one(image, processing_resolution, timestep)
+        options = self.options(weights=weights, timestep=timestep, backend=backend)
+        pixels = self._one(image, processing_resolution)
         with lock_of(self.unet):
-            found = self._attention(pixels, timestep, weights, backend, _StageClock(None))
+            found = self._attention(pixels, options.timestep, options.weights, backend, _StageClock(None))
             self.maybe_free_model_hooks()
         return found
 
@@ -347,18 +379,34 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Arguments as in :meth:`__call__`.
         """
-        pixels, timestep = self._one(image, processing_resolution, timestep)
+        options = self.options(timestep=timestep)
+        pixels = self._one(image, processing_resolution)
         with lock_of(self.unet):
-            record = self._record(pixels, timestep, _StageClock(None))
+            record = self._record(pixels, options.timestep, _StageClock(None))
             self.maybe_free_model_hooks()
         return record
 
-    def _options(
-        self, threshold: Any, anchors: Any, iterations: Any, rule: Any, weights: Any, timestep: Any, backend: Any
+    def options(
+        self,
+        *,
+        threshold: Union[float, Sequence[float], None] = None,  # noqa: UP007
+        anchors: int = 16,
+        iterations: int = 3,
+        rule: Rule = "paper",
+        weights: Weights = "proportional",
+        timestep: Union[int, None] = None,  # noqa: UP007
+        backend: str = "auto",
     ) -> Options:
-        """The options of a call, checked."""
+        """The options of a call, checked, with the checkpoint's own filled in.
+
+        Arguments as in :meth:`__call__`.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came.
+        """
         timestep = self.config.timestep if timestep is None else timestep
-        check_integer("timestep", timestep, 0)
+        steps = getattr(self.unet.config, "num_train_timesteps", None) or TRAINING_STEPS
+        check_integer("timestep", timestep, 0, steps - 1)
         thresholds = check_thresholds(self.config.threshold if threshold is None else threshold, iterations)
         check_integer("anchors", anchors, 1)
         check_rule(rule)
@@ -402,11 +450,10 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         upload(pictures, host, pixels)
         return pixels
 
-    def _one(self, image: Any, resolution: Any, timestep: Union[int, None]) -> tuple[Tensor, int]:  # noqa: UP007
-        """Pixels float32 [1, 3, h, w] in [0, 1] of one image on the device, and the timestep at which it is read."""
+    def _one(self, image: Any, resolution: Any) -> Tensor:
+        """Pixels float32 [1, 3, h, w] in [0, 1] of one image on the device."""
         picture = image_io.to_tensor(image)
-        size = self._processed_size((picture.shape[1], picture.shape[2]), resolution)
-        return self._uploaded([picture], size), self.config.timestep if timestep is None else timestep
+        return self._uploaded([picture], self.processed_size((picture.shape[1], picture.shape[2]), resolution))
 
     def _proposals(
         self, pixels: Tensor, options: Options, refine: bool, clock: "_StageClock", *, compiled: bool = False
@@ -469,13 +516,22 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         latents = encoded.latents if "latents" in encoded else encoded.latent_dist.mean
         return (latents * self.vae.config.scaling_factor).to(self.unet.dtype)
 
+    def load_captioner(self, name: str = semantics.CAPTIONER) -> semantics.ModelCaptioner:
+        """The image-to-text model of that name, on the pipeline's device; the last one is kept for later calls.
+
+        Raises:
+            OSError: there is no such checkpoint.
+            ValueError: it is not an image-to-text model.
+        """
+        if self._captioner is None or self._captioner.name != name:
+            self._captioner = semantics.ModelCaptioner(name, self._execution_device, self.unet.dtype)
+        self._captioner.model.to(self._execution_device)
+        return self._captioner
+
     def _captions(self, pictures: list[Tensor], captioner: Any, batch_size: int) -> list[str]:
-        """A caption an image, from a function or from the model of that name, which is kept."""
+        """A caption an image, from a function or from the model of that name."""
         if isinstance(captioner, str):
-            if self._captioner is None or self._captioner.name != captioner:
-                self._captioner = semantics.ModelCaptioner(captioner, self._execution_device, self.unet.dtype)
-            self._captioner.model.to(self._execution_device)
-            captioner = self._captioner
+            captioner = self.load_captioner(captioner)
         captions: list[str] = []
         for start in range(0, len(pictures), batch_size):
             some = [image_io.to_pil(each) for each in pictures[start : start + batch_size]]
@@ -554,9 +610,18 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                 split_projections(self._fused)
             self._fused = None
 
-    def _processed_size(self, size: Grid, resolution: Union[int, Sequence[int], None]) -> Grid:  # noqa: UP007
-        """The (height, width) at which an image of ``size`` is processed."""
+    def processed_size(self, size: Grid, resolution: Union[int, Sequence[int], None] = None) -> Grid:  # noqa: UP007
+        """The (height, width) at which an image is processed.
+
+        Args:
+            size: (height, width) of the image.
+            resolution: ``processing_resolution`` of :meth:`__call__`.
+
+        Raises:
+            ValueError, TypeError: naming ``processing_resolution``.
+        """
         wanted: tuple[float, float]
+        resolution = plain(resolution)
         if isinstance(resolution, Sequence):
             wanted = check_pair("processing_resolution", resolution)
         else:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .datasets import Dataset, DatasetError, Sample
-from .loading import UsageError
+from .loading import UsageError, check_output
 
 Result = dict[str, Any]
 T = TypeVar("T")
@@ -47,7 +47,7 @@ def on_main(state: Any, plan: Callable[[], T]) -> T:
     if state.is_main_process:
         try:
             outcome[0] = plan()
-        except (UsageError, DatasetError) as error:
+        except (UsageError, DatasetError, OSError) as error:
             outcome[1] = str(error)
     broadcast_object_list(outcome)
     if outcome[1] is not None:
@@ -76,10 +76,12 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
                 "--output"
             )
         return
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output: expected a folder, {folder} is a file")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(settings, indent=2) + "\n")
+    check_output("--output", folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        raise UsageError(f"--output: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -89,7 +91,8 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none, or it cannot be removed for the reason for which writing failed
+            temporary.unlink()
 
 
 def finished(folder: Path) -> dict[str, Result]:

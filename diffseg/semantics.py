@@ -162,7 +162,8 @@ def tagger() -> Any:
         from HanTa.HanoverTagger import HanoverTagger
     except ImportError as error:
         raise ImportError(
-            f"finding the nouns of a caption needs HanTa ({error}): pip install 'diffseg[semantic]', or pass labels="
+            f"finding the nouns of a caption needs HanTa ({error}): pip install '.[semantic]' in a checkout, or pass "
+            "labels="
         ) from error
     return HanoverTagger("morphmodel_en.pgz")
 

@@ -18,7 +18,7 @@ from . import evaluate, metrics, ops, reference, runs
 from .checks import RULES, WEIGHT_SCHEMES
 from .datasets import Dataset, Sample
 from .loading import UsageError
-from .methods import Settings, check_finite, check_settings, diffseg_labels
+from .methods import Settings, check_finite, diffseg_labels
 
 _THRESHOLD_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 _SWEEPS: dict[str, tuple[Callable[[str], Any], tuple[Any, ...]]] = {
@@ -73,6 +73,8 @@ def run(options: argparse.Namespace) -> int:
     state = runs.processes(options.device)
     dataset, pipe, base = evaluate.start(state, options, ("scipy", "matplotlib"))
     points = list(_points(base, sweeps))
+    for point in points:
+        evaluate.check(pipe, point.settings)
     described = {
         **evaluate.described_run(options, pipe, base),
         "points": [point.key for point in points],
@@ -125,9 +127,7 @@ def _points(base: Settings, sweeps: dict[str, tuple[Any, ...]]) -> Iterator[Poin
             given = tuple(float(f"{own * factor:.4g}") for factor in _THRESHOLD_FACTORS)
         values = dict.fromkeys((*given, own))
         for value in values if isinstance(own, str) else sorted(values):
-            settings = replace(base, **{parameter: value})
-            check_settings(settings)
-            yield Point(parameter, value, settings)
+            yield Point(parameter, value, replace(base, **{parameter: value}))
 
 
 def _tables(pipe: Any, sample: Sample, points: Sequence[Point]) -> runs.Result:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 LARGEST_PALETTE = 256
 
+_ROWS_AT_ONCE = 64  # of an overlay that exist as floats at one time
 _GOLDEN_RATIO = 0.618033988749895
 
 
@@ -41,14 +42,17 @@ def boundaries(labels: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
 
 def overlay(image: NDArray[np.uint8], labels: NDArray[np.integer[Any]], opacity: float = 0.45) -> NDArray[np.uint8]:
     """The image [H, W, 3] tinted by segment, with white outlines edged in black, uint8 [H, W, 3]."""
-    colours = palette(int(labels.max()) + 1)[labels]
-    blended = (1 - opacity) * image + opacity * colours
+    tints = (opacity * palette(int(labels.max()) + 1) + 0.5).astype(np.float32)
+    blended = np.empty_like(image)
+    for top in range(0, len(image), _ROWS_AT_ONCE):
+        rows = slice(top, top + _ROWS_AT_ONCE)
+        blended[rows] = np.float32(1 - opacity) * image[rows] + tints.take(labels[rows], axis=0)
     line = boundaries(labels)
     for _ in range(max(1, round(min(labels.shape) / 400)) - 1):
         line = _grown(line)
     blended[_grown(line)] = 0
     blended[line] = 255
-    return (blended + 0.5).astype(np.uint8)
+    return blended
 
 
 def write_names(

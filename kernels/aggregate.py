@@ -23,9 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffseg.reference import SMALLEST_PROBABILITY
+
 from .launch import OTHER, Config, choose, integers_on_device, launch
 from .products import common_unit, product_constants, tile_scores
-from .sampling import taps
+from .sampling import GRID_WORDS, taps
 
 Grid = tuple[int, int]
 
@@ -52,8 +54,8 @@ _WIDE_TILES = {  # float32 operands
 _LARGEST_LARGE_TILE_WIDTH = 96
 _MANY_CELLS = 1024  # beyond this a map has large tiles enough to fill the GPU
 _LARGEST_ROW = 4096  # cells of a row of maps that one program holds: such rows are read once, longer ones twice
-_WORDS = 4  # of a layer in the table: three addresses, and the scale and the offset of its exponent
-_GRID_WORDS = 3  # of a low-resolution grid in the table: its offset in the buffer, height and width
+_LAYER_WORDS = tl.constexpr(4)  # in the table: three addresses, and the scale and the offset of its exponent
+_SMALLEST = tl.constexpr(SMALLEST_PROBABILITY)
 
 
 class _Group(NamedTuple):
@@ -153,7 +155,7 @@ def _groups(grids: Sequence[Grid], layouts: Sequence[object]) -> list[_Group]:
     table = 0
     for (grid, _), layers in sorted(members.items(), key=lambda item: _cells(item[0][0])):
         groups.append(_Group(grid, layers, table))
-        table += _WORDS * len(layers)
+        table += _LAYER_WORDS.value * len(layers)
     return groups
 
 
@@ -167,7 +169,7 @@ class _Staging:
         for grid in self.grids:
             self.offsets.append(size)
             size += triton.cdiv(_cells(grid) ** 2, 16) * 16
-        self.table = _WORDS * sum(len(group.layers) for group in groups)  # the first word of the grids in the table
+        self.table = groups[-1].table + _LAYER_WORDS.value * len(groups[-1].layers)  # the first word of the grids
         self.sums = torch.empty(batch_size, size, dtype=torch.float32, device=device)
 
     def words(self) -> list[int]:
@@ -305,7 +307,7 @@ def _upsampling(staged: _Staging, table: Tensor, output: Grid, needed: bool) -> 
 @triton.jit
 def _layer(table, layer, like, UNIT: tl.constexpr):
     """The three addresses of a layer, as pointers like ``like``, and its two floats."""
-    word = table + layer * 4
+    word = table + layer * _LAYER_WORDS
     alignment: tl.constexpr = UNIT * like.dtype.element_ty.primitive_bitwidth // 8
     first = tl.multiple_of(tl.load(word).to(like.dtype), alignment)
     second = tl.multiple_of(tl.load(word + 1).to(like.dtype), alignment)
@@ -324,7 +326,7 @@ def _upsampled(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     row, column = tl.minimum(row, cells - 1), tl.minimum(column, cells - 1)
     for grid in range(GRIDS):
-        word = grids + grid * 3
+        word = grids + grid * GRID_WORDS
         small_height, small_width = tl.load(word + 1).to(tl.int32), tl.load(word + 2).to(tl.int32)
         small_row = row // width * small_height // height * small_width + row % width * small_width // width
         top, bottom, down = taps(column // width, small_height, height)
@@ -495,7 +497,7 @@ def _rows_kernel(
             mass = tl.sum(tl.where(slot == layer, masses, 0.0), 0)
             if SINGLE:
                 mass = _mass(part, weights, column, cells)
-            total += part * (ratio / tl.where(mass < 1e-30, 1e-30, mass))
+            total += part * (ratio / tl.where(mass < _SMALLEST, _SMALLEST, mass))
         if GRIDS > 0:
             total += _upsampled(staged + batch * stride_sb, grids, row, column, cells, height, width, GRIDS, 1, BLOCK)
         target = out + batch * stride_ob + index * cells + column[None, :]

@@ -1,6 +1,6 @@
 """Ahead-of-time compilation without a GPU: every kernel's configuration for every target, and what it costs.
 
-    python -P -m diffseg.kernels.aot [--target sm_90 ...] [--network "SD 1.4 at 512" ...] [--dtype float16 ...]
+    python -m diffseg.kernels.aot [--target sm_90 ...] [--network "SD 1.4 at 512" ...] [--dtype float16 ...]
 
 The ops run on meta tensors, their launches are recorded, and each distinct one is compiled as a call on that GPU would
 compile it. The table gives registers, shared memory and spills as the assembler reports them.
@@ -23,7 +23,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .. import ops
+from diffseg import ops
+
 from . import aggregate, cross, label, launch, merge
 
 Grid = tuple[int, int]
@@ -91,7 +92,7 @@ def record(
             grids.append(grid)
     rows = [torch.empty(query.shape[:3], device="meta") for query in queries] if logsumexps else None
     scales = [query.shape[3] ** -0.5 for query in queries]
-    output = max(grids)
+    output = ops.output_grid(grids)
     positions = ops.anchor_indices(output, anchors)
     attention = _attention(output)
     with launch.recording(target.generation, hip=target.gpu.backend == "hip") as launches:
@@ -110,7 +111,7 @@ def record_maps(network: Network, dtype: torch.dtype, target: Target) -> list[la
         for _ in range(number)
     ]
     with launch.recording(target.generation, hip=target.gpu.backend == "hip") as launches:
-        aggregate.aggregate_maps(maps, grids, [1 / len(grids)] * len(grids), _attention(max(grids)))
+        aggregate.aggregate_maps(maps, grids, [1 / len(grids)] * len(grids), _attention(ops.output_grid(grids)))
     return launches
 
 
@@ -121,7 +122,9 @@ def _attention(grid: Grid) -> Tensor:
 
 def record_cross(network: Network, dtype: torch.dtype, target: Target) -> list[launch.Launch]:
     """The launches that name the masks of one image: ``aggregate_cross`` of five words, and ``score_masks``."""
-    queries, keys, grids = [], [], []
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    grids: list[Grid] = []
     for number, grid, heads, width in network.layers:
         for tensors, length in ((queries, grid[0] * grid[1]), (keys, _TOKENS)):
             layer = torch.empty(1, length, heads, width, dtype=dtype, device="meta").transpose(1, 2)

@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffseg.reference import SMALLEST_PROBABILITY
+
 from .launch import OTHER, Config, choose, dot, exact_precision, integers_on_device, launch
 from .products import common_unit, product_constants, tile_scores
-from .sampling import taps
+from .sampling import GRID_WORDS, taps
 
 Grid = tuple[int, int]
 
@@ -102,7 +104,7 @@ def _upsampled(staged: Tensor, offsets: dict[Grid, int], batch_size: int, words:
         staged=staged, grids=grids, maps=maps, squares=squares, words=words, height=size[0], width=size[1],
         GRIDS=len(offsets),
     )  # fmt: skip
-    return maps.div_(squares.sum(-1).sqrt_().clamp_min_(1e-30)[:, :, None, None])
+    return maps.div_(squares.sum(-1).sqrt_().clamp_min_(SMALLEST_PROBABILITY)[:, :, None, None])
 
 
 def score_masks(maps: Tensor, labels: Tensor, masks: int) -> Tensor:
@@ -177,7 +179,7 @@ def _upsample_words_kernel(
     inside = pixel < height * width
     total = tl.zeros([BLOCK], tl.float32)
     for grid in range(GRIDS):
-        entry = grids + grid * 3
+        entry = grids + grid * GRID_WORDS
         rows, columns = tl.load(entry + 1).to(tl.int32), tl.load(entry + 2).to(tl.int32)
         top, bottom, down = taps(pixel // width, rows, height)
         left, right, across = taps(pixel % width, columns, width)

@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffseg.reference import SMALLEST_PROBABILITY
+
 from .launch import OTHER, Config, choose, dot, integers_on_device, launch
 
 _TERMS = {
@@ -47,6 +49,7 @@ _MEANS = {
     "sm_100": Config({"BLOCK_P": 128, "BLOCK_N": 64, "BLOCK_F": 64}, num_warps=8, num_stages=3),
     OTHER: Config({"BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_F": 32}, num_warps=8, num_stages=2),
 }
+_SMALLEST = tl.constexpr(SMALLEST_PROBABILITY)
 _PROGRAMS = 128  # tiles times parts of the sum over cells: the products of a short list are split to fill the GPU
 
 
@@ -190,7 +193,7 @@ def _even_positions_kernel(positions, side, height, width, BLOCK: tl.constexpr):
 @triton.jit
 def _clamp(p):
     """p' = max(p, 1e-30); NaN stays NaN."""
-    return tl.where(p < 1e-30, 1e-30, p)
+    return tl.where(p < _SMALLEST, _SMALLEST, p)
 
 
 @triton.jit

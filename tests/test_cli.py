@@ -2,12 +2,17 @@
 
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from diffseg import cli
+import diffseg
+from diffseg import cli, native, semantics, testing
+from diffseg.bench import ceilings
 from diffseg.tiny import scenes
 
 
@@ -33,8 +38,44 @@ def test_one_image(folder, capsys):
     assert overlay.size == (64, 64)
     captured = capsys.readouterr()
     assert captured.out.split() == ["here/there/scene0_overlay.png", str(labels.max() + 1), "segments"]
-    assert "bundled demonstration model" in captured.err
+    assert "bundled demonstration model, trained on generated scenes, in float32 on cpu" in captured.err
     assert "--model CompVis/stable-diffusion-v1-4" in captured.err
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fails where a model is loaded."""
+    monkeypatch.setattr(diffseg.DiffSegPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+
+
+@pytest.mark.parametrize("given", ["in", "in/*", "in/*.png"])
+def test_results_beside_the_images_are_no_inputs(folder, capsys, no_work, given):
+    for seed in range(3):
+        for kind in ("labels", "overlay"):
+            Image.new("P", (64, 64)).save(f"in/scene{seed}_{kind}.png")
+    assert cli.main(["segment", given, "-o", "in"]) == 0
+    assert "3 of 3 images have outputs in in and are skipped" in capsys.readouterr().err
+    assert len(list((folder / "in").iterdir())) == 9
+
+
+def test_results_elsewhere_are_images(folder):
+    for kind in ("labels", "overlay"):
+        Image.new("RGB", (64, 64)).save(f"in/scene0_{kind}.png")
+    assert cli.main(["segment", "in"]) == 0
+    assert len(outputs(folder)) == 10
+
+
+@pytest.mark.parametrize("given", [["in"], ["in/scene0.png", "in/scene0_labels.png"]])
+@pytest.mark.parametrize("output", ["in", "in/../in", "link"])
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_an_input_is_never_overwritten(folder, capsys, no_work, given, output, force):
+    (folder / "link").symlink_to("in")
+    Image.new("RGB", (8, 8)).save("in/scene0_labels.png")
+    content = Path("in/scene0_labels.png").read_bytes()
+    assert cli.main(["segment", *given, "-o", output, *force]) == 2
+    error = capsys.readouterr().err
+    assert f"--output: in/scene0.png would be written to {output}/scene0_labels.png, which is an input too" in error
+    assert Path("in/scene0_labels.png").read_bytes() == content
 
 
 @pytest.mark.parametrize("given", [["in"], ["in/*.png"], ["in/scene2.png", "in/scene0.png", "in/scene1.png", "in"]])
@@ -86,8 +127,11 @@ def test_an_unreadable_image_does_not_stop_the_others(folder, capsys):
     (folder / "in" / "scene1.png").write_text("no image")
     assert cli.main(["segment", "in", "in/missing.png"]) == 1
     captured = capsys.readouterr()
-    assert "in/scene1.png: expected a readable image" in captured.err
-    assert "in/missing.png" in captured.err
+    said = [line for line in captured.err.splitlines() if "scene1.png" in line or "missing.png" in line]
+    assert sorted(said) == [
+        "[Errno 2] No such file or directory: 'in/missing.png'",
+        "in/scene1.png: expected a readable image, got a file of no known image format",
+    ]
     assert "2 of 4 images failed" in captured.err
     assert outputs(folder) == [f"scene{i}_{kind}.png" for i in (0, 2) for kind in ("labels", "overlay")]
 
@@ -100,7 +144,9 @@ def test_options_change_the_result(folder):
     assert labels("--threshold", "50").max() == 0
     few = labels("--anchors", "1", "--threshold", "0.001", "--iterations", "1")
     assert few.max() == 0
-    many = labels("--threshold", "0.001", "--rule", "official", "--refine", "--backend", "reference")
+    many = labels(
+        "--threshold", "0.001", "--rule", "official", "--refine", "--backend", "reference", "--resolution", "32"
+    )  # fmt: skip
     assert many.max() > 10
     assert labels("--resolution", "32", "--dtype", "bfloat16", "--device", "cpu").shape == (64, 64)
 
@@ -120,16 +166,110 @@ def test_time_prints_stages(folder, capsys):
         (["empty"], "empty: expected a folder with images"),
         (["in/scene0.png", "twin/scene0.png"], "would both write scene0_labels.png"),
         (["in", "-o", "in/scene0.png"], "--output: expected a folder, in/scene0.png is a file"),
-        (["in", "--model", "nowhere/to/be/found"], "--model nowhere/to/be/found:"),
+        (["in", "-o", "in/scene0.png/below"], "--output: expected a folder, in/scene0.png is a file"),
+        (["in", "--model", "nowhere/to/be/found"], "--model nowhere/to/be/found: no such folder"),
+        (["in", "--model", "./nowhere"], "--model ./nowhere: no such folder"),
+        (["in", "--labels", "sky", "--captioner", "/nowhere"], "--captioner /nowhere: no such folder"),
+        (["in", "--device", "tpu"], "--device tpu: "),
+        (["in", "--device", "meta"], "--device meta: "),
+        (["in", "--device", "cpu", "--backend", "cuda"], "--backend='cuda' cannot run merge here: "),
     ],
 )
-def test_wrong_requests(folder, capsys, arguments, message):
+def test_wrong_requests(folder, capsys, no_work, arguments, message):
     (folder / "empty").mkdir()
     (folder / "twin").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "twin" / "scene0.png")
     assert cli.main(["segment", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert outputs(folder) == []
+
+
+def test_an_output_folder_that_is_read_only(folder, capsys, no_work, monkeypatch):
+    def refuse(*, dir):
+        raise PermissionError(13, "Permission denied", f"{dir}/x")
+
+    (folder / "segments").mkdir()
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    said = "no file can be written into segments (Permission denied)\n"
+    for output in ("segments", "segments/below"):
+        assert cli.main(["segment", "in", "-o", output]) == 2
+        assert capsys.readouterr().err == f"diffseg: --output: {said}"
+    monkeypatch.setattr(ceilings, "measure", lambda *_: pytest.fail("measured"))
+    for option in ("--json", "--plot"):
+        assert cli.main(["bench", "merge", option, "segments/a.svg"]) == 2
+        assert capsys.readouterr().err == f"diffseg: {option}: {said}"
+
+
+def test_a_device_that_torch_was_not_built_for(folder, capsys, no_work, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(torch, "zeros", refuse)
+    assert cli.main(["segment", "in", "--device", "cuda"]) == 2
+    assert "--device cuda: Torch not compiled with CUDA enabled" in capsys.readouterr().err
+
+
+def test_the_captioners_error_ends_the_run(folder, capsys, monkeypatch):
+    tries = []
+
+    def refuse(name, *_):
+        tries.append(name)
+        raise OSError("no connection")
+
+    monkeypatch.setattr(semantics, "ModelCaptioner", refuse)
+    monkeypatch.setattr(semantics, "tagger", lambda: None)
+    checkpoint = testing.tiny_pipeline("sd1", folder / "checkpoint")
+    model = ["--model", str(checkpoint), "--dtype", "float32", "--device", "cpu"]
+    assert cli.main(["segment", "in", "--semantic", "--captioner", "owner/name", *model]) == 2
+    error = capsys.readouterr().err
+    assert f"using {checkpoint} in float32 on cpu" in error
+    assert error.splitlines()[-1] == "diffseg: --captioner owner/name: no connection"
+    assert tries == ["owner/name"]
+    assert outputs(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "diffseg: interrupted\n"),
+        (OSError(28, "No space left on device"), 1, "diffseg: [Errno 28] No space left on device\n"),
+    ],
+)
+def test_errors_that_end_a_command(capsys, monkeypatch, raised, status, said):
+    def run(options):
+        raise raised
+
+    monkeypatch.setattr(cli, "_info", run)
+    assert cli.main(["info"]) == status
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--case", "noise", "foo"], "--case: expected some of golden, bundled, sd14, thin, noise, got 'foo'"),
+        (["--seconds", "-1"], "--seconds: expected a positive number, got -1.0"),
+        (["--seconds", "0"], "--seconds: expected a positive number, got 0.0"),
+        (["--seconds", "nan"], "--seconds: expected a positive number, got nan"),
+        (["--device", "meta"], "--device meta: "),
+        (["--json", "in/scene0.png/a.json"], "--json: expected a folder, in/scene0.png is a file"),
+        (["--json", "in"], "--json: expected a file that can be written, got in"),
+        (["--plot", "in/scene0.png/a.svg"], "--plot: expected a folder, in/scene0.png is a file"),
+    ],
+)
+def test_wrong_benchmarks_measure_nothing(folder, capsys, monkeypatch, words, message):
+    monkeypatch.setattr(ceilings, "measure", lambda *_: pytest.fail("measured"))
+    assert cli.main(["bench", "merge", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["x", "0", "1.5"])
+def test_batch_sizes_are_checked(capsys, given):
+    with pytest.raises(SystemExit):
+        cli.main(["segment", "a.png", "--batch-size", given])
+    error = capsys.readouterr().err
+    assert "argument --batch-size: expected " in error
+    assert given in error
 
 
 @pytest.mark.parametrize("arguments", [[], ["segment"], ["segment", "a.png", "--rule", "both"], ["paint"]])
@@ -164,7 +304,20 @@ def test_info(capsys):
         assert word in printed
 
 
+def test_info_names_the_instruction_set(isa, capsys):
+    assert cli.main(["info"]) == 0
+    assert f"instruction set of the C++ kernels: {isa} (here: " in capsys.readouterr().out
+
+
+def test_an_instruction_set_that_this_machine_lacks(capsys, monkeypatch):
+    pytest.importorskip("diffseg._cpu")
+    monkeypatch.setenv("DIFFSEG_CPU_ISA", "foo")
+    native.cpu.cache_clear()
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err.startswith("diffseg: DIFFSEG_CPU_ISA: expected one of ")
+
+
 def test_the_installed_command():
-    run = subprocess.run([sys.executable, "-P", "-m", "diffseg.cli", "--version"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "diffseg.cli", "--version"], capture_output=True, text=True)
     assert run.returncode == 0
     assert run.stdout.startswith("diffseg ")

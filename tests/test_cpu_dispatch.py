@@ -1,9 +1,11 @@
-"""Which instruction set runs, what automatic choice takes, and threads after a fork."""
+"""Which instruction set runs, what automatic choice takes, and what works after a fork."""
 
 import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -58,27 +60,47 @@ def test_a_float64_result_is_computed_in_float64():
     assert torch.equal(found, diffseg.aggregate_maps([maps], dtype=torch.float64, backend="reference"))
 
 
-def _merge_in_child(connection, attention):
-    connection.send(diffseg.merge(attention, anchors=4, threshold=0.5, backend="cpu").maps.sum().item())
+def answer_of_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function`` gives in a process forked from this one, whose pool of threads has run."""
+    torch.ones(1 << 20).sum()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: sender.send(function(*arguments)))
+    child.start()
+    try:
+        assert receiver.poll(30), "the child hangs"
+        return receiver.recv()
+    finally:
+        child.kill()
+        child.join()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_process_does_not_wait_for_threads_it_lacks():
-    attention = torch.rand(1, 144, 144)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        expected = diffseg.merge(attention, anchors=4, threshold=0.5, backend="cpu").maps.sum().item()
-        context = multiprocessing.get_context("fork")
-        receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=_merge_in_child, args=(sender, attention))
-        child.start()
-        try:
-            assert receiver.poll(30), "the child hangs"
-            assert receiver.recv() == pytest.approx(expected)
-        finally:
-            child.kill()
-            child.join()
-    finally:
-        torch.set_num_threads(threads)
+class TestForkedProcess:
+    """The parent runs on two threads, as all tests do."""
+
+    def test_kernels_do_not_wait_for_threads_that_it_lacks(self, attention: Callable[..., torch.Tensor]) -> None:
+        """What they allocate is small enough here for torch to poison it without threads."""
+        maps = attention((32, 32), dtype=torch.float32)
+
+        def merged_and_labelled() -> list[int]:
+            proposals = diffseg.merge(maps, anchors=4, threshold=0.5, backend="cpu")
+            return diffseg.label(proposals, (128, 128), backend="cpu")[0, ::16, ::16].flatten().tolist()
+
+        expected = merged_and_labelled()
+        assert max(expected) > 0
+        assert answer_of_child(merged_and_labelled) == expected
+
+    def test_segment_works_once_torch_has_one_thread(self, layers: Callable[..., Any]) -> None:
+        """Torch's own operators, which segment calls too, hang in a forked process on more threads than one."""
+        scene = layers([(64, 64), (32, 32)], dtype=torch.float32)
+
+        def segments(threads: int) -> list[int]:
+            torch.set_num_threads(threads)
+            labels = diffseg.segment(scene.queries, scene.keys, (512, 512), anchors=4, threshold=0.5, backend="cpu")
+            return labels[0, ::64, ::64].flatten().tolist()
+
+        expected = segments(2)
+        assert max(expected) > 0
+        assert answer_of_child(segments, 1) == expected

@@ -9,6 +9,7 @@ from torch import from_numpy
 
 from diffseg import datasets
 from diffseg.datasets import DatasetError, open_dataset
+from diffseg.images import ImageError
 
 RNG = np.random.default_rng(0)
 
@@ -192,6 +193,45 @@ def test_masks_of_other_modes(folder, mode):
         image = Image.fromarray(values.astype(bool))
     image.save(folder / "masks" / "a.png")
     assert np.array_equal(open_dataset("folder", folder).load(0).truths[0], values)
+
+
+def test_images_are_read_as_segment_reads_them(folder):
+    values = RNG.integers(0, 65536, (48, 64), dtype=np.uint16)
+    Image.fromarray(values).save(folder / "images" / "a.png")
+    colours = RNG.integers(0, 256, (48, 64, 4), dtype=np.uint8)
+    Image.fromarray(colours).save(folder / "images" / "b.png")
+    dataset = open_dataset("folder", folder)
+    check(dataset)
+    grey, on_white = (dataset.load(index).image for index in range(2))
+    assert np.abs(grey - values[..., None] / 257).max() <= 0.501
+    alpha = colours[..., 3:] / 255
+    assert np.abs(on_white - (colours[..., :3] * alpha + 255 * (1 - alpha))).max() <= 0.501
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_turned_image_fits_an_upright_mask(folder, suffix):
+    for name in ("a", "b"):
+        (folder / "images" / f"{name}.png").unlink()
+        stored = np.full((64, 48, 3), 200, np.uint8)  # upright, this end is on the right
+        stored[:32] = 20
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned clockwise
+        Image.fromarray(stored).save(folder / "images" / f"{name}.{suffix}", exif=exif)
+    dataset = open_dataset("folder", folder)
+    check(dataset)
+    image = dataset.load(0).image
+    assert image.shape == (48, 64, 3)
+    assert image[:, :28].min() > 150
+    assert image[:, 36:].max() < 60
+    write_labels(folder / "masks" / "b.png", np.zeros((64, 48)))
+    with pytest.raises(DatasetError, match=rf"masks/b.png: expected 48 x 64 .* as b.{suffix}, got 64 x 48"):
+        check(dataset)
+
+
+def test_an_image_that_cannot_be_read_is_named(folder):
+    (folder / "images" / "a.png").write_bytes(b"no image at all")
+    with pytest.raises(ImageError, match=r"images/a.png: expected a readable image"):
+        open_dataset("folder", folder).load(0)
 
 
 def test_crop_and_resize(folder):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import diffseg
-from diffseg import cli, datasets, evaluate, metrics, study
+from diffseg import backends, cli, datasets, evaluate, metrics, study
 from diffseg.methods import TITLES, Settings
 from diffseg.tiny.scenes import REPORT_SEEDS, scene
 
@@ -107,8 +107,7 @@ def test_an_interrupted_run_does_no_image_twice(scenes, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(datasets.Dataset, "load", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(scenes, tmp_path)
+        assert run(scenes, tmp_path) == 130
     assert lines(tmp_path) == ["scene0", "scene1"]
     assert run(scenes, tmp_path, "--limit", "4") == 0  # another limit is no other setting
     assert lines(tmp_path) == [f"scene{index}" for index in range(4)]
@@ -161,14 +160,36 @@ def test_the_model_and_its_dtype_are_told_apart_by_what_they_are(monkeypatch):
         (["--clusters", "0"], "--clusters: expected at least 1, got 0"),
         (["--threshold", "-1"], "threshold: expected positive"),
         (["--anchors", "0"], "anchors: expected at least 1"),
+        (["--timestep", "1000"], "timestep: expected 0 to 999, got 1000"),
+        (["--seed", "-1"], "--seed: expected 0 to 4294967295, got -1"),
+        (["--split", "train"], "--split: expected a layout that has splits, got folder and 'train'"),
+        (["--device", "tpu"], "--device tpu: "),
+        (["--device", "meta"], "--device meta: "),
         (["--image-list", "nowhere.txt"], "nowhere.txt: expected a text file"),
-        (["--model", "nowhere/at/all"], "--model nowhere/at/all:"),
+        (["--model", "nowhere/at/all"], "--model nowhere/at/all: no such folder"),
     ],
 )
 def test_wrong_requests(scenes, tmp_path, capsys, options, message):
     assert run(scenes, tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backend", "triton"], "--backend='triton' cannot run merge here: "),
+        (["-o", "file/below"], "--output: expected a folder, file is a file"),
+    ],
+)
+def test_what_cannot_run_is_said_before_loading(scenes, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    monkeypatch.setattr(backends, "_TRITON_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(diffseg.DiffSegPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert run(scenes, "out", *options) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_coco_stuff_from_its_layout(tmp_path, capsys):
@@ -197,7 +218,7 @@ def test_a_missing_package_is_named_at_the_start(scenes, tmp_path, capsys, monke
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
     assert cli.main([command, "folder", str(scenes), "-o", str(tmp_path / "out")]) == 2
-    assert f"{package} not installed: pip install 'diffseg[evaluate]'" in capsys.readouterr().err
+    assert f"{package} not installed: pip install '.[evaluate]' in a checkout" in capsys.readouterr().err
 
 
 def test_bad_files_are_listed_before_any_work(scenes, tmp_path, capsys, monkeypatch):
@@ -327,6 +348,7 @@ def test_head_divergence_by_hand():
         ("seed=1", "--sweep: expected one of timestep, "),
         ("anchors=many", "--sweep anchors: expected int values, got 'many'"),
         ("threshold=0", "threshold: expected positive"),
+        ("timestep=1000", "timestep: expected 0 to 999, got 1000"),
         ("rule=none", "rule: expected one of"),
     ],
 )

@@ -70,7 +70,7 @@ def test_images_of_one_processed_size_share_a_pass(pipe, jobs, monkeypatch):
     call = DiffSegPipeline.__call__
 
     def spy(self, pictures, **options):
-        passes.append((self._processed_size(tuple(pictures[0].shape[1:]), None), len(pictures)))
+        passes.append((self.processed_size(tuple(pictures[0].shape[1:]), None), len(pictures)))
         return call(self, pictures, **options)
 
     monkeypatch.setattr(DiffSegPipeline, "__call__", spy)

@@ -69,14 +69,14 @@ def test_reads(name):
 REFUSED = {
     "array of rank 1": (np.zeros(3), "array of shape [3]"),
     "array of rank 5": (np.zeros((1, 1, 1, 1, 3)), "array of shape [1, 1, 1, 1, 3]"),
-    "array with two channels": (np.zeros((4, 4, 2)), "shape [2, 4, 4]"),
-    "empty array": (np.zeros((0, 4, 3)), "shape [3, 0, 4]"),
+    "array with two channels": (np.zeros((4, 4, 2)), "an array of shape [4, 4, 2]"),
+    "empty array": (np.zeros((0, 4, 3)), "an array of shape [0, 4, 3]"),
     "floats beyond 1": (np.full((2, 2, 3), 255.0), "expected floats in [0, 1], got values from 255 to 255"),
     "negative floats": (np.full((2, 2, 3), -0.5), "expected floats in [0, 1], got values from -0.5"),
     "NaN": (np.full((2, 2, 3), np.nan), "expected floats in [0, 1], got values from nan"),
     "int64": (np.zeros((2, 2, 3), np.int64), "expected bool, uint8, uint16 or floats, got torch.int64"),
     "tensor of rank 4": (torch.zeros(2, 3, 4, 4), "tensor of shape [2, 3, 4, 4]"),
-    "tensor channels last": (torch.zeros(5, 6, 3), "shape [5, 6, 3], channels first"),
+    "tensor channels last": (torch.zeros(5, 6, 3), "a tensor of shape [5, 6, 3]"),
     "PIL of no size": (Image.new("RGB", (0, 4)), "expected at least one pixel, got 0 x 4"),
     "PIL I beyond 16 bit": (Image.new("I", (3, 2), 70000), "expected integers from 0 to 65535"),
     "a number": (3, "expected a path, a PIL image"),
@@ -123,8 +123,9 @@ def test_damaged_files(tmp_path, content):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
         content = path.read_bytes()[:2000]
     path.write_bytes(content)
-    with pytest.raises(images.ImageError, match=r"damaged.png: expected a readable image"):
+    with pytest.raises(images.ImageError, match=r"damaged.png: expected a readable image") as error:
         images.to_tensor(path)
+    assert str(error.value).count("damaged.png") == 1
 
 
 def test_missing_file(tmp_path):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import diffseg
 
+ROOT = Path(__file__).parent.parent
 SIGNATURES = {
     "aggregate": "queries keys *grids=None scales=None logsumexps=None weights='proportional' dtype=torch.float32 "
     "backend='auto' out=None",
@@ -27,7 +30,7 @@ SIGNATURES = {
 
 def run(code: str) -> str:
     """What a fresh interpreter prints."""
-    return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_import_pulls_in_nothing_heavy() -> None:
@@ -83,6 +86,20 @@ def test_signatures(op: str) -> None:
 
 def test_kernels_are_a_subpackage() -> None:
     assert importlib.import_module("diffseg.kernels").__name__ == "diffseg.kernels"
+
+
+def test_a_source_distribution_has_what_builds_and_tests_it(tmp_path: Path) -> None:
+    """Also where no nvcc is at hand, and so no CUDA extension that names its files."""
+    pytest.importorskip("pybind11")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"DIFFSEG_CUDA": "0"}, check=True)
+    listed = set((tmp_path / "diffseg.egg-info" / "SOURCES.txt").read_text().splitlines())
+    folders = ("benchmarks", "csrc", "diffseg", "kernels", "tests")
+    suffixes = (".cpp", ".cu", ".cuh", ".h", ".npz", ".py", ".safetensors")
+    present = {path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in suffixes}
+    assert len(present) > 100
+    needed = {path.relative_to(ROOT).as_posix() for path in present} | {"LICENSE", "Makefile", "pyproject.toml"}
+    assert not needed - listed
 
 
 def test_version() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.models import modeling_utils
 from PIL import Image
 from pipelines import picture, quiet
 
@@ -69,6 +70,15 @@ def test_from_pipe_leaves_the_dtype(checkpoint):
     assert shared(picture()).labels[0].shape == (128, 128)
 
 
+def test_from_pipe_warns_of_no_cast(checkpoint, monkeypatch):
+    parent = StableDiffusionPipeline.from_pretrained(checkpoint)
+    warned = []
+    monkeypatch.setattr(modeling_utils.logger, "warning", lambda *arguments, **_: warned.append(arguments))
+    shared = DiffSegPipeline.from_pipe(parent)
+    assert warned == []
+    assert shared.to(dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+
+
 def test_pickled_weights_only_when_asked_for(checkpoint, tmp_path):
     parent = StableDiffusionPipeline.from_pretrained(checkpoint)
     parent.save_pretrained(tmp_path, safe_serialization=False)
@@ -118,6 +128,7 @@ def test_twice_the_same(pixel_pipe):
         ((300, 200), 192, (192, 128)),
         ((300, 200), 10, (64, 64)),
         ((300, 200), (64, 192), (64, 192)),
+        ((300, 200), np.array([64, 192]), (64, 192)),
     ],
 )
 def test_processing_resolution(pipe, size, resolution, processed):
@@ -286,7 +297,11 @@ BAD_CALLS = {
     "backend": (picture(), {"backend": "numpy"}, ValueError, "backend: expected one of 'auto'"),
     "batch size": (picture(), {"batch_size": 0}, ValueError, "batch_size: expected at least 1, got 0"),
     "output type": (picture(), {"output_type": "latent"}, ValueError, "output_type: expected 'np', 'pt' or 'pil'"),
-    "timestep": (picture(), {"timestep": -1}, ValueError, "timestep: expected at least 0, got -1"),
+    "timestep": (picture(), {"timestep": -1}, ValueError, "timestep: expected 0 to 999, got -1"),
+    "timestep past the schedule": (picture(), {"timestep": 5000}, ValueError, "timestep: expected 0 to 999, got 5000"),
+    "timestep not an int": (picture(), {"timestep": "x"}, TypeError, "timestep: expected an int, got str 'x'"),
+    "refine": (picture(), {"refine": "no"}, TypeError, "refine: expected a bool, got str 'no'"),
+    "semantic": (picture(), {"semantic": 1}, TypeError, "semantic: expected a bool, got int 1"),
     "resolution": (picture(), {"processing_resolution": 0}, ValueError, "processing_resolution: expected at least 1"),
     "resolution of three": (picture(), {"processing_resolution": (1, 2, 3)}, TypeError, "processing_resolution: exp"),
 }
@@ -299,6 +314,22 @@ def test_bad_calls_are_refused_before_any_work(pipe, name, monkeypatch):
     monkeypatch.setattr(pipe.vae, "encode", lambda *_, **__: pytest.fail("the VAE ran"))
     with pytest.raises(error, match=re.escape(message)):
         pipe(image, **options)
+
+
+@pytest.mark.parametrize("timestep", [-1, 1000, "x"])
+@pytest.mark.parametrize("method", ["attention", "record"])
+def test_attention_and_record_check_the_timestep(pixel_pipe, method, timestep, monkeypatch):
+    monkeypatch.setattr(pixel_pipe.unet, "forward", lambda *_, **__: pytest.fail("the UNet ran"))
+    with pytest.raises((ValueError, TypeError), match="timestep: expected"):
+        getattr(pixel_pipe, method)(picture(32, 32), timestep=timestep)
+
+
+def test_attention_checks_weights_and_backend(pixel_pipe, monkeypatch):
+    monkeypatch.setattr(pixel_pipe.unet, "forward", lambda *_, **__: pytest.fail("the UNet ran"))
+    with pytest.raises(ValueError, match="weights: expected one of"):
+        pixel_pipe.attention(picture(32, 32), weights="equal")
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        pixel_pipe.attention(picture(32, 32), backend="numpy")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (2, 3)])

@@ -102,7 +102,7 @@ def test_several_shapes_and_sizes_of_labels(pipe, replays):
     for _ in range(2):
         for size, other in zip(sizes, expected, strict=True):
             assert_same(pipe(picture(*size)), other)
-    assert pipe._processed_size((7, 9), None) == pipe._processed_size((24, 32), None) == (12, 16)
+    assert pipe.processed_size((7, 9), None) == pipe.processed_size((24, 32), None) == (12, 16)
     assert replays == [1] * 10  # the two last by a recording of another size, with labels at their own
     small = pipe(picture(), match_input_resolution=False).labels[0]
     assert small.shape == (16, 16)

@@ -78,9 +78,7 @@ def test_results_in_the_data_sets_order(dataset, tmp_path):
 
 
 def test_a_killed_run_loses_no_finished_image(root, dataset, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-P", root / "script.py", root, tmp_path, "0.1"], stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([sys.executable, root / "script.py", root, tmp_path, "0.1"], stderr=subprocess.DEVNULL)
     file = tmp_path / "images-00000.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (file.exists() and file.read_bytes().count(b"\n") >= 3):
@@ -117,7 +115,7 @@ def test_a_line_cut_short_is_done_again(dataset, tmp_path):
 
 
 def test_two_processes_share_the_images(root, dataset, tmp_path):
-    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, root / "script.py", root, tmp_path, "0"], capture_output=True, text=True, timeout=120
     )
@@ -152,6 +150,37 @@ def test_settings_claim_a_folder(tmp_path):
         runs.UsageError, match=r'new holds results of other settings: a was 1, is 2; c was null, is "d"'
     ):
         runs.claim(tmp_path / "new", {"a": 2, "b": ["x", 2.5], "c": "d"})
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(runs.UsageError, match=r"--output: expected a folder, .*file is a file"):
+        runs.claim(tmp_path / "file" / "below", {})
+
+
+def test_an_output_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(runs.Path, "write_text", refuse)
+    with pytest.raises(runs.UsageError, match=r"--output: .*Permission denied"):
+        runs.claim(tmp_path / "new", {})
+
+
+def test_the_first_error_of_writing_is_the_one_that_comes(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    for folder, error in (("file", "Not a directory"), ("loop", "symbolic links")):
+        with pytest.raises(OSError, match=error) as raised:
+            runs.write_text(tmp_path / folder / "out.json", "text")
+        assert raised.value.__context__ is None
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path):
+    (tmp_path / "out.json").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        runs.write_text(tmp_path / "out.json", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
 def test_a_damaged_line_is_named(tmp_path):

@@ -75,7 +75,7 @@ def test_a_noun_that_stands_twice_is_one_name() -> None:
 def test_without_the_tagger_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "HanTa.HanoverTagger", None)
     semantics.tagger.cache_clear()
-    with pytest.raises(ImportError, match=r"pip install 'diffseg\[semantic\]', or pass labels="):
+    with pytest.raises(ImportError, match=r"pip install '\.\[semantic\]' in a checkout, or pass labels="):
         semantics.nouns("a dog")
 
 
@@ -479,7 +479,7 @@ def test_command_line_without_the_tagger(
     Image.fromarray(picture(64, 64)).save(tmp_path / "a.png")
     command = ["segment", str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--model", str(checkpoint)]
     assert cli.main([*command, "--semantic"]) == 2
-    assert "pip install 'diffseg[semantic]'" in capsys.readouterr().err
+    assert "pip install '.[semantic]' in a checkout" in capsys.readouterr().err
     assert cli.main([*command, "--caption", "a cat", "--labels", "cat"]) == 0
 
 

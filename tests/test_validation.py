@@ -13,6 +13,7 @@ from torch import Tensor
 import diffseg
 from diffseg import Proposals, backends, reference
 from diffseg.backends import Backend
+from diffseg.checks import describe
 
 NAN, INF = float("nan"), float("inf")
 
@@ -363,6 +364,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "segment: size": (segment(size=(8, 0)), ValueError, "size: expected at least 1, got 0"),
     "segment: grids": (segment(grids=[(4, 4), (2, 3)]), ValueError, r"grids: expected height \* width = 4, got 2 x 3"),
     "segment: scales": (segment(scales=[1.0]), ValueError, "scales: expected 2 items, one a layer, got 1"),
+    "segment: refine": (segment(refine="no"), TypeError, "refine: expected a bool, got str 'no'"),
     "segment: weights": (segment(weights="even"), ValueError, "weights: expected one of .* got 'even'"),
     "segment: anchors": (
         segment(anchors=16), ValueError, r"anchors: expected 1 to 4 anchors a side on a grid of \(4, 4\)"),
@@ -473,7 +475,24 @@ def test_numbers_of_other_libraries_pass() -> None:
         diffseg.merge(attention(), anchors=np.int64(4), threshold=one)
     diffseg.merge(attention(), anchors=torch.tensor(4))
     assert diffseg.label(proposals(), torch.Size([8, 8])).shape == (2, 8, 8)
-    assert diffseg.label(proposals(), [np.int64(8), 8]).shape == (2, 8, 8)
+    for size in ([np.int64(8), 8], np.array([8, 8]), torch.tensor([8, 8])):
+        assert diffseg.label(proposals(), size).shape == (2, 8, 8)
+    square = aggregate()()
+    for grids in (np.array([[4, 4], [2, 2]]), torch.tensor([[4, 4], [2, 2]]), [np.array([4, 4]), torch.tensor([2, 2])]):
+        assert torch.equal(aggregate(grids=grids)(), square)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (np.zeros((3, 4, 5)), "ndarray of shape [3, 4, 5], float64"),
+        ([np.zeros((2, 2))], "list [array([[0., 0.], [0., 0.]])]"),
+        (np.float32(2.5), "float32 np.float32(2.5)"),
+        ("a  b", "str 'a  b'"),
+    ],
+)
+def test_what_came_is_said_in_one_line(value: Any, said: str) -> None:
+    assert describe(value) == said
 
 
 class TestBackend:

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 from PIL import Image
 
@@ -33,6 +35,21 @@ def test_overlay_tints_and_outlines():
     assert (picture[:, 18] == 0).all()
     assert not np.array_equal(picture[20, 5], picture[20, 35])
     assert np.array_equal(grey, np.full((40, 40, 3), 128))
+
+
+def test_overlay_blends_without_copies_in_floats():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (1000, 700, 3), dtype=np.uint8)
+    labels = (np.arange(1000) // 300)[:, None].repeat(700, axis=1)
+    tracemalloc.start()
+    picture = visualize.overlay(image, labels, opacity=0.3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * image.nbytes  # float32 takes 4 times as much
+    expected = 0.7 * image + 0.3 * visualize.palette(4)[labels]
+    inside = np.arange(1000) % 300
+    inside = (inside > 5) & (inside < 295)
+    assert np.abs(picture[inside] - expected[inside]).max() <= 0.501
 
 
 def test_coloured_labels():

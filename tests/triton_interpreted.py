@@ -8,6 +8,7 @@ so pytest does not collect this file by itself. By hand:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -322,8 +323,21 @@ def test_segment_agrees_with_the_reference(layers: Callable[..., Any], rule: Any
     assert (found == expected).float().mean() >= 0.999
 
 
-def test_warmup_runs_the_stage() -> None:
+def test_warmup_runs_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    for module in (aggregate_kernels, merge_kernels, label_kernels):
+        run = module.launch
+
+        def noted(kernel: Any, *args: Any, run: Callable[..., None] = run, **more: Any) -> None:
+            run(kernel, *args, **more)
+            launched.append(kernel.__name__)
+
+        monkeypatch.setattr(module, "launch", noted)
     diffseg.warmup([((4, 4), 2, 8), ((2, 2), 1, 16)], (8, 8), device="cpu", anchors=2, backend="triton")
+    counts = Counter(launched)
+    assert counts.keys() >= {"_products_kernel", "_walk_kernel", "_means_kernel"}
+    assert counts["_logsumexps_kernel"] == 2  # one a grid, in the run that is not given them
+    assert (counts["_tiles_kernel"], counts["_label_kernel"]) == (4, 2)  # two runs
 
 
 class TestChoice:

@@ -1,6 +1,8 @@
 // diffseg._cpu: the entry points, called by diffseg/native.py alone, which has checked what they point to.
 //
-// OpenMP's threads do not survive a fork, and libgomp waits for them forever: a forked process runs on one thread.
+// OpenMP's threads do not survive a fork, and libgomp waits for them forever: in a forked process these kernels run on
+// one thread. Torch's own operators hang there until torch.set_num_threads(1) has been called, and with them the ops that
+// call some: aggregate, aggregate_cross and segment.
 
 #include <pthread.h>
 #include <pybind11/pybind11.h>

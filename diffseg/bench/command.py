@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..loading import UsageError
+from ..loading import UsageError, check_output, find_device
 from ..reference import Grid
 from . import ceilings, compare, plot, report
 from .networks import ARCHITECTURES
@@ -21,6 +23,7 @@ from .timing import Timer
 SECONDS, SUBSET_SECONDS, QUICK_SECONDS = 1.0, 0.9, 0.1
 PASSES, GPU_PASSES = 6, 3  # starting a process takes longer on a GPU, and times there scatter less
 QUICK_SIZE = "320"
+CASES = ("golden", "bundled", "sd14", "thin", "noise")
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -32,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", nargs="+", metavar="PIXELS", help="of images: 512 or 512x768 (default: 512)")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="B", help="images at once (default: 1)")
-    parser.add_argument("--case", nargs="+", default=[], metavar="CASE", help="golden, bundled, sd14, thin or noise")
+    parser.add_argument("--case", nargs="+", default=[], metavar="CASE", help=f"some of {', '.join(CASES)}")
     parser.add_argument("--backend", nargs="+", default=[], metavar="NAME", help="(default: all that can run)")
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=_DTYPES, help="of queries, keys and networks (default: float16 on cuda)")
@@ -66,7 +69,12 @@ def settings_of(options: argparse.Namespace) -> Settings:
     unknown = [stage for stage in options.stages if stage not in STAGES]
     if unknown:
         raise UsageError(f"STAGE: expected some of {', '.join(STAGES)}, got {unknown[0]!r}")
-    device = _device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    strange = [case for case in options.case if case not in CASES]
+    if strange:
+        raise UsageError(f"--case: expected some of {', '.join(CASES)}, got {strange[0]!r}")
+    if options.seconds is not None and not 0 < options.seconds < math.inf:
+        raise UsageError(f"--seconds: expected a positive number, got {options.seconds}")
+    device = find_device(options.device)
     if options.passes is not None and options.passes < 1:
         raise UsageError(f"--passes: expected at least 1, got {options.passes}")
     if min(options.batch) < 1:
@@ -94,13 +102,6 @@ def settings_of(options: argparse.Namespace) -> Settings:
     )
 
 
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
-
-
 def _size(text: str) -> Grid:
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     height, width = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
@@ -124,9 +125,9 @@ def run(options: argparse.Namespace) -> int:
             plot.check(options.plot)
         except plot.PlotError as error:
             raise UsageError(str(error)) from error
-    for path in (options.json, options.plot):
+    for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_place(option, path)
     timer = _timer(options, settings)
     limits = ceilings.measure(settings.device)
     journal = Journal(options.json, command_line(options), settings.device, limits, timer.passes)
@@ -147,6 +148,17 @@ def run(options: argparse.Namespace) -> int:
     return 130 if interrupted else 0
 
 
+def _make_place(option: str, path: Path) -> None:
+    """Makes the folder of a file that will be written; UsageError, before anything is measured, where it cannot be."""
+    check_output(option, path.parent)
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        raise UsageError(f"{option}: expected a file that can be written, got {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option}: {error}") from error
+
+
 def _interrupted(contents: Record) -> str:
     passes = [len(row["elapsed_seconds"]) for row in contents["rows"] if row["state"] == "measured"]
     if max(passes, default=0) > 1:
@@ -155,7 +167,9 @@ def _interrupted(contents: Record) -> str:
 
 
 def _timer(options: argparse.Namespace, settings: Settings) -> Timer:
-    seconds = options.seconds or (QUICK_SECONDS if options.quick else SUBSET_SECONDS if settings.subset else SECONDS)
+    seconds = options.seconds
+    if seconds is None:
+        seconds = QUICK_SECONDS if options.quick else SUBSET_SECONDS if settings.subset else SECONDS
     passes = options.passes or (1 if options.quick else GPU_PASSES if settings.device.type == "cuda" else PASSES)
     return Timer(settings.device, seconds, passes)
 

@@ -77,7 +77,7 @@ def compiled_first_round() -> Callable[..., Tensor]:
 
 def literal_aggregate_maps(maps: Sequence[Tensor], grids: Sequence[Grid], ratios: Sequence[float]) -> Tensor:
     """The published code's aggregation, step by step in torch: every upsampled and repeated tensor exists. [N, N]."""
-    height, width = max(grids, key=lambda grid: grid[0] * grid[1])
+    height, width = ops.output_grid(grids)
     total = torch.zeros(height, width, height, width, device=maps[0].device)
     for layer, (rows, columns), ratio in zip(maps, grids, ratios, strict=True):
         averaged = layer.float().mean(0).view(-1, 1, rows, columns)
@@ -100,7 +100,8 @@ def literal_first_round(attention: Tensor, anchors: Sequence[int], threshold: fl
 
 
 def literal_divergence(first: Tensor, second: Tensor) -> Tensor:
-    quotient = first.clamp_min(1e-30).log() - second.clamp_min(1e-30).log()
+    smallest = reference.SMALLEST_PROBABILITY
+    quotient = first.clamp_min(smallest).log() - second.clamp_min(smallest).log()
     return (first * quotient).sum(-1) / 2 - (second * quotient).sum(-1) / 2
 
 
@@ -144,7 +145,7 @@ def kmeans_missing() -> str | None:
     try:
         import sklearn.cluster  # noqa: F401
     except ImportError as error:
-        return f"scikit-learn is not installed ({error}): pip install 'diffseg[evaluate]'"
+        return f"scikit-learn is not installed ({error}): pip install '.[evaluate]' in a checkout"
     return None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ import torch
 
 from .. import __version__
 from ..backends import BACKENDS, explain_backends
+from ..runs import write_text
 from . import ceilings, passes
 from .cases import Unavailable
 from .cost import Ceilings
@@ -60,9 +60,7 @@ class Journal:
     def write(self) -> None:
         if self.path is None:
             return
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.contents, indent=1) + "\n")
-        os.replace(temporary, self.path)
+        write_text(self.path, json.dumps(self.contents, indent=1) + "\n")
 
     @property
     def failed(self) -> list[Record]:

@@ -2,7 +2,9 @@
 
 A scene is a background of one to three regions, then two to five opaque shapes, back to front. Each region has a base
 colour, a linear shading gradient and a texture; shapes drop soft shadows, one light falls over everything, and sensor
-noise ends it. Everything follows from the seed.
+noise ends it. A rich scene has more of what photographs have: grounds in perspective, noise of natural spectra in its
+three colours, shapes that turn away from the light at their rims, and clutter that is no region of its own. Everything
+follows from the seed.
 
 The three seed ranges never meet: training never sees a scene on which the threshold is chosen or a figure is reported.
 """
@@ -25,16 +27,17 @@ _SUPERSAMPLING = 2
 _SMALLEST_REGION = 0.015  # a region that shows less of itself than this fraction of the picture is not a region
 
 
-def scene(seed: int, size: int = 64) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def scene(seed: int, size: int = 64, *, rich: bool = False) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """One scene: ``(image, mask)``, uint8 [size, size, 3] (sRGB) and uint8 [size, size] (regions 0..S-1, no gaps)."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng((seed, 1) if rich else seed)
+    surface = _rich_surface if rich else _surface
     side = size * _SUPERSAMPLING
     y, x = (np.mgrid[0:side, 0:side].astype(np.float32) + 0.5) / side
 
     mask = _background(rng, x, y)
     image = np.zeros((side, side, 3), np.float32)
     for region in range(mask.max() + 1):
-        image[mask == region] = _surface(rng, x, y)[mask == region]
+        image[mask == region] = surface(rng, *_ground(rng, x, y) if rich else (x, y))[mask == region]
 
     for _ in range(rng.integers(2, 6)):
         inside = _shape(rng, x, y)
@@ -42,9 +45,13 @@ def scene(seed: int, size: int = 64) -> tuple[NDArray[np.uint8], NDArray[np.uint
             continue
         if rng.random() < 0.5:
             image *= _shadow(rng, inside)[..., None]
-        image[inside] = _surface(rng, x, y)[inside]
+        image[inside] = surface(rng, x, y)[inside]
+        if rich:
+            image *= _rim(rng, inside)[..., None]
         mask[inside] = mask.max() + 1
 
+    if rich and rng.random() < 0.6:
+        _clutter(rng, x, y, image, mask)
     image *= _light(rng, x, y)[..., None]
     image = image.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING, 3).mean((1, 3))
     image += rng.normal(0, rng.uniform(0, 0.02), image.shape)
@@ -126,20 +133,74 @@ def _texture(rng: np.random.Generator, along: Array, across: Array) -> Array:
         return np.sin(frequency * along + np.float32(rng.uniform(0, 6)))
     if kind == 1:
         return np.sign(np.sin(frequency * along) * np.sin(frequency * across))
-    noise = rng.normal(size=along.shape)
-    frequencies = np.hypot(*np.meshgrid(np.fft.fftfreq(len(along)), np.fft.rfftfreq(len(along)), indexing="ij"))
-    spectrum = np.fft.rfft2(noise) / np.maximum(frequencies, 1 / len(along)) ** rng.uniform(0, 1.5)
-    noise = np.fft.irfft2(spectrum, s=along.shape)
+    return _noise(rng, along.shape)
+
+
+def _noise(rng: np.random.Generator, shape: tuple[int, ...], power: float | None = None) -> Array:
+    """Noise of the spectrum 1 / f ** power, about zero, of deviation one; power: from 0 to 1.5 unless given."""
+    spectrum = np.fft.rfft2(rng.normal(size=shape))
+    power = rng.uniform(0, 1.5) if power is None else power
+    noise = np.fft.irfft2(spectrum / np.maximum(_frequencies(shape[0]), 1 / shape[0]) ** power, s=shape)
     return ((noise - noise.mean()) / noise.std()).clip(-2.5, 2.5).astype(np.float32)
+
+
+def _frequencies(side: int) -> NDArray[np.float64]:
+    return np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij"))
+
+
+def _blurred(inside: Mask, scale: float) -> NDArray[np.float64]:
+    """Gaussian blur, of a deviation of ``scale`` pictures."""
+    side = len(inside)
+    decay = np.exp(-2 * (np.pi * _frequencies(side) * side * scale) ** 2)
+    return np.fft.irfft2(np.fft.rfft2(inside.astype(np.float32)) * decay, s=inside.shape)
+
+
+def _rich_surface(rng: np.random.Generator, x: Array, y: Array) -> Array:
+    """A surface, half of the time with noise of a natural spectrum, 1 / f to 1 / f ** 2, of its own in each colour."""
+    surface = _surface(rng, x, y)
+    if rng.random() < 0.5:
+        common, strength = rng.uniform(0.5, 1), rng.uniform(0.03, 0.2)
+        power = rng.uniform(1, 2)
+        shared = _noise(rng, x.shape, power)
+        for channel in range(3):
+            noise = common * shared + (1 - common) * _noise(rng, x.shape, power)
+            surface[..., channel] *= 1 + np.float32(strength) * noise
+    return surface
+
+
+def _ground(rng: np.random.Generator, x: Array, y: Array) -> tuple[Array, Array]:
+    """Coordinates of a plane that recedes towards one side, half of the time: its texture is finer there."""
+    if rng.random() < 0.5:
+        return x, y
+    side, depth = rng.integers(4), np.float32(rng.uniform(1, 3))
+    across, along = ((x, y), (x, 1 - y), (y, x), (y, 1 - x))[side]
+    scale = (1 + depth * along) / 2
+    return ((across - 0.5) * scale + 0.5).astype(np.float32), (along * scale).astype(np.float32)
+
+
+def _rim(rng: np.random.Generator, inside: Mask) -> Array:
+    """The factor by which a shape darkens towards its rim."""
+    depth = _blurred(inside, 1 / rng.uniform(4, 12))
+    return np.where(inside, 1 - np.float32(rng.uniform(0, 0.8)) * (1 - depth.clip(0, 1)), 1).astype(np.float32)
+
+
+def _clutter(rng: np.random.Generator, x: Array, y: Array, image: Array, mask: NDArray[np.int64]) -> None:
+    """Paints leaves, stones or strokes of a few pixels onto one region, of which they stay a part."""
+    region = mask == rng.integers(mask.max() + 1)
+    colours = [_surface(rng, x, y).mean((0, 1)) for _ in range(2)]
+    length, width = rng.uniform(0.01, 0.05), rng.uniform(0.01, 0.02)
+    upright = rng.uniform(0, np.pi)
+    for _ in range(rng.integers(10, 80)):
+        u, v = _rotated(x, y, upright + rng.normal(0, 0.4), tuple(rng.random(2)))
+        spot = region & ((u / np.float32(length)) ** 2 + (v / np.float32(width)) ** 2 < 1)
+        image[spot] = colours[rng.integers(2)] * np.float32(rng.uniform(0.7, 1.2))
 
 
 def _shadow(rng: np.random.Generator, inside: Mask) -> Array:
     """The factor by which a shape darkens what lies behind it: the shape moved aside and blurred."""
     side = len(inside)
-    moved = np.roll(inside.astype(np.float32), tuple(rng.integers(-side // 12, side // 12 + 1, 2)), (0, 1))
-    frequencies = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij"))
-    blurred = np.fft.irfft2(np.fft.rfft2(moved) * np.exp(-2 * (np.pi * frequencies * side / 40) ** 2), s=inside.shape)
-    return (1 - rng.uniform(0.1, 0.4) * blurred).astype(np.float32)
+    moved = np.roll(inside, tuple(rng.integers(-side // 12, side // 12 + 1, 2)), (0, 1))
+    return (1 - rng.uniform(0.1, 0.4) * _blurred(moved, 1 / 40)).astype(np.float32)
 
 
 def _light(rng: np.random.Generator, x: Array, y: Array) -> Array:

@@ -29,6 +29,7 @@ RECIPE = (
     "seed",
     "steps",
     "scenes",
+    "rich",
     "batch_size",
     "crop",
     "learning_rate",
@@ -137,7 +138,8 @@ def train(arguments: argparse.Namespace) -> None:
     last = min(arguments.steps, arguments.stop or arguments.steps)
     if start < last:
         seeds = TRAIN_SEEDS[: arguments.scenes]
-        scenes = np.stack([scene(seed)[0] for seed in tqdm(seeds, desc="generating scenes", unit="scene")])
+        seeds = tqdm(seeds, desc="generating scenes", unit="scene")
+        scenes = np.stack([scene(seed, rich=arguments.rich and seed % 2 == 1)[0] for seed in seeds])
         progress = tqdm(range(start, last), desc="training", initial=start, total=last)
         for step in progress:
             rng = np.random.default_rng((arguments.seed, step))
@@ -191,6 +193,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="crops a step (default: %(default)s)")
     parser.add_argument("--crop", type=int, default=32, help="side of a crop, at most 64 (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=6000, help="scenes to generate (default: %(default)s)")
+    parser.add_argument("--rich", action="store_true", help="make every other scene a rich one")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="its peak (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and noise (default: %(default)s)")
     parser.add_argument(
