@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -194,8 +196,18 @@ def implementation(
         able = (each for each in BACKENDS.values() if each.automatic and each.can_run(op, device, dtype, **request))
         chosen = next(able, BACKENDS["reference"])
         chosen.can_run(op, device, dtype, raise_error=True, **request)
+        compiled = BACKENDS["cpu"]
+        if chosen.name == "reference" and device.type == "cpu" and dtype in compiled.dtypes[op]:
+            _warn_of(compiled.unavailable())
     function: Callable[..., Any] = getattr(chosen.load(), op)
     return function
+
+
+@cache
+def _warn_of(obstacle: str | None) -> None:
+    """Says once that the kernels are missing, which nobody would see but by the time that it takes."""
+    if obstacle is not None:
+        warnings.warn(f"diffseg runs in plain torch, many times slower: {obstacle}", RuntimeWarning, stacklevel=2)
 
 
 def available_backends(device: torch.device | str = "cpu") -> list[str]:

@@ -4,13 +4,16 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import diffseg
+from diffseg import backends
 from diffseg.backends import BACKENDS, implementation
 
 _cpu = pytest.importorskip("diffseg._cpu")
@@ -52,6 +55,22 @@ def test_automatic_choice(op):
     assert not cpu.can_run(op, torch.device("meta"), torch.float32)
     with pytest.raises(ValueError, match=r"got torch\.float64"):
         cpu.can_run(op, device, torch.float64, raise_error=True)
+
+
+def test_missing_kernels_are_said_once(monkeypatch):
+    def missing():
+        raise ImportError("diffseg._cpu is not built")
+
+    monkeypatch.setitem(BACKENDS, "cpu", replace(BACKENDS["cpu"], load=missing))
+    backends._warn_of.cache_clear()
+    maps = torch.rand(1, 1, 16, 16)
+    with pytest.warns(RuntimeWarning, match=r"plain torch, many times slower: diffseg\._cpu is not built"):
+        diffseg.aggregate_maps([maps])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        diffseg.aggregate_maps([maps])  # again
+        backends._warn_of.cache_clear()
+        diffseg.aggregate_maps([maps.double()])  # which the kernels would not serve either
 
 
 def test_a_float64_result_is_computed_in_float64():
