@@ -22,6 +22,7 @@ from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
+from setuptools.command.sdist import sdist
 
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32"
 INSTRUCTION_SETS = {
@@ -53,6 +54,19 @@ class BuildExtension(build_ext):
             super().build_extension(extension)
         finally:
             self.compiler._compile = compile_file
+
+
+class SourceDistribution(sdist):
+    """Holds what builds and tests a checkout: CUDA files too where no nvcc names them, and what tests read."""
+
+    def make_distribution(self):
+        for folder in ("benchmarks", "csrc", "kernels", "tests"):
+            self.filelist.graft(folder)
+        self.filelist.append("Makefile")
+        self.filelist.prune("benchmarks/results/device")
+        for leftover in ("*.py[cod]", "*.so", "latest.*"):
+            self.filelist.global_exclude(leftover)
+        super().make_distribution()
 
 
 def cpu_extension():
@@ -146,5 +160,5 @@ def cuda_extensions():
 
 setup(
     ext_modules=[cpu_extension(), *cuda_extensions()] if sys.platform != "win32" else [],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "sdist": SourceDistribution},
 )

@@ -8,6 +8,7 @@ import inspect
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -91,9 +92,11 @@ def test_kernels_are_a_subpackage() -> None:
 def test_a_source_distribution_has_what_builds_and_tests_it(tmp_path: Path) -> None:
     """Also where no nvcc is at hand, and so no CUDA extension that names its files."""
     pytest.importorskip("pybind11")
-    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"DIFFSEG_CUDA": "0"}, check=True)
-    listed = set((tmp_path / "diffseg.egg-info" / "SOURCES.txt").read_text().splitlines())
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        listed = {name.partition("/")[2] for name in opened.getnames()}
     folders = ("benchmarks", "csrc", "diffseg", "kernels", "tests")
     suffixes = (".cpp", ".cu", ".cuh", ".h", ".npz", ".py", ".safetensors")
     present = {path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in suffixes}
