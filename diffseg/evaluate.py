@@ -17,7 +17,7 @@ from .backends import BACKENDS
 from .checks import WEIGHT_SCHEMES
 from .datasets import Dataset, Sample
 from .loading import UsageError
-from .methods import TITLES, Settings, check_settings, count_segments, predictions
+from .methods import TITLES, Settings, count_segments, predictions
 from .metrics import Labels, Scores
 
 if TYPE_CHECKING:
@@ -166,9 +166,17 @@ def start(state: Any, options: argparse.Namespace, needed: Sequence[str]) -> tup
 
 def check(pipe: DiffSegPipeline, settings: Settings) -> None:
     """Raises UsageError where the settings are wrong, or not for this pipeline."""
-    check_settings(settings)
     try:
-        pipe.options(timestep=settings.timestep)
+        pipe.options(
+            threshold=settings.threshold,
+            anchors=settings.anchors,
+            iterations=settings.iterations,
+            rule=settings.rule,
+            weights=settings.weights,
+            timestep=settings.timestep,
+            backend=settings.backend,
+        )
+        pipe.processed_size((1, 1), settings.processing_resolution)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
 

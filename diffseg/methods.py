@@ -10,7 +10,6 @@ import numpy as np
 from torch import Tensor
 
 from . import baselines, ops
-from .checks import check_integer, check_rule, check_thresholds, check_weight_scheme
 from .datasets import Sample
 from .loading import UsageError
 from .metrics import Labels
@@ -46,19 +45,6 @@ class Settings:
     refine: bool = False
     processing_resolution: int | None = None
     backend: str = "auto"
-
-
-def check_settings(settings: Settings) -> None:
-    try:
-        check_thresholds(settings.threshold, settings.iterations)
-        check_integer("anchors", settings.anchors, 1)
-        check_integer("timestep", settings.timestep, 0)
-        check_rule(settings.rule)
-        check_weight_scheme(settings.weights)
-        if settings.processing_resolution is not None:
-            check_integer("processing_resolution", settings.processing_resolution, 1)
-    except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from error
 
 
 def predictions(
