@@ -40,7 +40,7 @@ model: $(VENV)/tested
 	$(TRAIN)/2 --timesteps 50 500 --uniform --initial $(MODEL)/1/model --steps 900 --scenes 9000 --learning-rate 6e-4 --seed 2
 	$(TRAIN)/3 --bf16 --initial $(MODEL)/2/model --steps 400 --scenes 3000 --learning-rate 8e-4 --seed 5
 	$(TRAIN)/4 --bf16 --initial $(MODEL)/3/model --steps 1500 --stop 1250 --learning-rate 8e-4 --seed 7
-	$(TRAIN)/5 --bf16 --initial $(MODEL)/4/model --steps 3000 --stop 2500 --keep 0.7 --scenes 12000 --learning-rate 8e-4 --seed 11
+	$(TRAIN)/5 --bf16 --initial $(MODEL)/4/model --sharpen 1.5 --rich --steps 3000 --stop 1800 --keep 0.5 --scenes 14000 --seed 51
 	$(BIN)/python -m diffseg.tiny.report --choose --scenes 50 --model $(MODEL)/5/model
 
 lint: $(VENV)/tested

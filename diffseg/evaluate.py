@@ -83,7 +83,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output: str) -> None:
         "--anchors", type=int, default=16, help="a side, as many as the grid has at most (default: %(default)s)"
     )
     parameters.add_argument("--iterations", type=int, default=3, help="(default: %(default)s)")
-    parameters.add_argument("--weights", choices=WEIGHT_SCHEMES, default="proportional", help="(default: %(default)s)")
+    parameters.add_argument("--weights", choices=WEIGHT_SCHEMES, help="(default: the model's own)")
     parameters.add_argument("--refine", action="store_true", help="add k-means refinement")
     parameters.add_argument("--processing-resolution", type=int, help="longer side in the network (default: its own)")
     parameters.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
@@ -150,9 +150,10 @@ def start(state: Any, options: argparse.Namespace, needed: Sequence[str]) -> tup
     loading.check_output("--output", options.output)
     dataset = runs.on_main(state, lambda: _checked_dataset(options))
     pipe = loading.load_pipeline(options.model, device, options.dtype, announce=state.is_main_process)
-    settings = Settings(
-        threshold=pipe.config.threshold if options.threshold is None else options.threshold,
-        timestep=pipe.config.timestep if options.timestep is None else options.timestep,
+    settings = Settings.of(
+        pipe,
+        threshold=options.threshold,
+        timestep=options.timestep,
         anchors=options.anchors,
         iterations=options.iterations,
         weights=options.weights,

@@ -158,10 +158,7 @@ def _replicas(pipe: Any, number: int) -> list[Any]:
     pipes = [pipe]
     while len(pipes) < number:
         shared = {id(tensor): tensor for tensor in (*pipe.unet.parameters(), *pipe.unet.buffers())}
-        parts = {**pipe.components, "unet": copy.deepcopy(pipe.unet, shared)}
-        other = type(pipe)(**parts, threshold=pipe.config.threshold, timestep=pipe.config.timestep)
-        other.set_progress_bar_config(disable=True)
-        pipes.append(other)
+        pipes.append(pipe.like(unet=copy.deepcopy(pipe.unet, shared)))
     return pipes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +13,7 @@ from . import baselines, ops
 from .datasets import Sample
 from .loading import UsageError
 from .metrics import Labels
-from .ops import Rule
+from .ops import Rule, Weights
 from .reference import Grid
 
 if TYPE_CHECKING:
@@ -40,11 +40,20 @@ class Settings:
     timestep: int
     anchors: int = 16
     iterations: int = 3
-    weights: str = "proportional"
+    weights: Weights = "proportional"
     rule: Rule = "paper"
     refine: bool = False
     processing_resolution: int | None = None
     backend: str = "auto"
+
+    @classmethod
+    def of(cls, pipe: DiffSegPipeline, **changes: Any) -> Settings:
+        """The model's own, with ``changes``; a change to None is none."""
+        own = {name: pipe.config[name] for name in ("threshold", "timestep", "weights")}
+        values = {**own, **{name: value for name, value in changes.items() if value is not None}}
+        if not isinstance(values["weights"], str):
+            values["weights"] = tuple(values["weights"])
+        return cls(**values)
 
 
 def predictions(

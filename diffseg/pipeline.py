@@ -78,6 +78,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         text_encoder, tokenizer: give the embedding of the empty prompt; needed with a ``vae``.
         threshold: the checkpoint's default for the merging threshold tau.
         timestep: at which the UNet is read; no noise is added.
+        weights: the checkpoint's default for the shares of the layers in A_f, as in :func:`diffseg.aggregate`.
     """
 
     model_cpu_offload_seq = "text_encoder->vae->unet"
@@ -91,11 +92,12 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         tokenizer: Union[CLIPTokenizer, None] = None,  # noqa: UP007
         threshold: float = DEFAULT_THRESHOLD,
         timestep: int = DEFAULT_TIMESTEP,
+        weights: Weights = "proportional",
     ) -> None:
         super().__init__()
         _check_components(unet, vae, text_encoder, tokenizer)
         self.register_modules(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
-        self.register_to_config(threshold=threshold, timestep=timestep)
+        self.register_to_config(threshold=threshold, timestep=timestep, weights=weights)
         self._empty_prompt: Tensor | None = None
         self._recordings = Recordings()
         self._fused: Any = None  # the UNet whose projections are joined
@@ -149,7 +151,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         anchors: int = 16,
         iterations: int = 3,
         rule: Rule = "paper",
-        weights: Weights = "proportional",
+        weights: Union[Weights, None] = None,  # noqa: UP007
         refine: bool = False,
         timestep: Union[int, None] = None,  # noqa: UP007
         processing_resolution: Union[int, tuple[int, int], None] = None,  # noqa: UP007
@@ -175,7 +177,9 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                 list of these, of any sizes.
             threshold: tau of :func:`diffseg.merge`; None: the checkpoint's own.
             anchors: anchors a side; on a grid whose shorter side is less, that many.
-            iterations, rule, weights, backend: as in :func:`diffseg.merge` and :func:`diffseg.aggregate`.
+            iterations, rule, backend: as in :func:`diffseg.merge`.
+            weights: of the layers, as in :func:`diffseg.aggregate`; None: the checkpoint's own, usually
+                ``"proportional"``.
             refine: add k-means refinement (:func:`diffseg.refine`).
             timestep: at which the UNet is read; None: the checkpoint's own, usually 300.
             processing_resolution: the longer side, in pixels, at which the image is processed, or (height, width);
@@ -279,7 +283,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         anchors: int = 16,
         iterations: int = 3,
         rule: Rule = "paper",
-        weights: Weights = "proportional",
+        weights: Union[Weights, None] = None,  # noqa: UP007
         timestep: Union[int, None] = None,  # noqa: UP007
         processing_resolution: Union[int, tuple[int, int], None] = None,  # noqa: UP007
         match_input_resolution: bool = True,
@@ -353,7 +357,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         *,
         timestep: Union[int, None] = None,  # noqa: UP007
         processing_resolution: Union[int, tuple[int, int], None] = None,  # noqa: UP007
-        weights: Weights = "proportional",
+        weights: Union[Weights, None] = None,  # noqa: UP007
         backend: str = "auto",
     ) -> tuple[Tensor, Grid]:
         """The aggregated attention A_f [1, N, N] of one image and its grid, for :func:`diffseg.merge` and studies.
@@ -393,7 +397,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         anchors: int = 16,
         iterations: int = 3,
         rule: Rule = "paper",
-        weights: Weights = "proportional",
+        weights: Union[Weights, None] = None,  # noqa: UP007
         timestep: Union[int, None] = None,  # noqa: UP007
         backend: str = "auto",
     ) -> Options:
@@ -410,11 +414,19 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         thresholds = check_thresholds(self.config.threshold if threshold is None else threshold, iterations)
         check_integer("anchors", anchors, 1)
         check_rule(rule)
+        weights = self.config.weights if weights is None else weights
         check_weight_scheme(weights)
         backends.check_name(backend)
         shares = plain(weights)
         shares = tuple(shares) if isinstance(shares, list) else shares
         return Options(timestep, tuple(thresholds), anchors, rule, shares, backend)
+
+    def like(self, **components: Any) -> "DiffSegPipeline":
+        """A pipeline on the same components but for ``components``, with the same defaults; holds no recording."""
+        defaults = {name: self.config[name] for name in ("threshold", "timestep", "weights")}
+        other = type(self)(**{**self.components, **components}, **defaults)
+        other.set_progress_bar_config(disable=True)
+        return other
 
     def _networks(self) -> list[Any]:
         return [network for network in (self.vae, self.unet) if network is not None]

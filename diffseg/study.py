@@ -126,15 +126,16 @@ def _points(base: Settings, sweeps: dict[str, tuple[Any, ...]]) -> Iterator[Poin
         if parameter == "threshold" and not given:
             given = tuple(float(f"{own * factor:.4g}") for factor in _THRESHOLD_FACTORS)
         values = dict.fromkeys((*given, own))
-        for value in values if isinstance(own, str) else sorted(values):
-            yield Point(parameter, value, replace(base, **{parameter: value}))
+        for value in values if isinstance(own, (str, tuple)) else sorted(values):
+            shown = "own" if isinstance(value, tuple) else value  # the model's weights, a float a layer
+            yield Point(parameter, shown, replace(base, **{parameter: value}))
 
 
 def _tables(pipe: Any, sample: Sample, points: Sequence[Point]) -> runs.Result:
     """Table entries of each point; one forward pass a time step, one A_f a time step and weights serve all others."""
     size = (sample.image.shape[0], sample.image.shape[1])
     entries: dict[Settings, Any] = {}
-    wanted = sorted({point.settings for point in points}, key=lambda each: (each.timestep, each.weights))
+    wanted = sorted({point.settings for point in points}, key=lambda each: (each.timestep, str(each.weights)))
     for timestep, of_timestep in groupby(wanted, key=lambda each: each.timestep):
         record = None
         for weights, group in groupby(of_timestep, key=lambda each: each.weights):
@@ -161,7 +162,7 @@ def _write_sweeps(
             {
                 "parameter": point.parameter,
                 "value": point.value,
-                "base": int(point.value == getattr(base, point.parameter)),
+                "base": int(point.settings == base),
                 **evaluate.summarise(dataset, tables, point.key),
                 "segments": sum(segments) / len(segments),
             }

@@ -18,7 +18,7 @@ from diffseg import backends, cli, datasets, evaluate, metrics, study
 from diffseg.methods import TITLES, Settings
 from diffseg.tiny.scenes import REPORT_SEEDS, scene
 
-QUICK = ["--processing-resolution", "32", "--threshold", "0.05"]
+QUICK = ["--processing-resolution", "32", "--threshold", "0.8"]
 SCENES = 5
 
 
@@ -77,7 +77,7 @@ def test_figures_are_those_of_the_pipeline(scenes, whole):
     scores = metrics.RegionScores()
     for seed in REPORT_SEEDS[:3]:
         image, truth = scene(seed)
-        labels = pipe(image, threshold=0.05, processing_resolution=32).labels[0]
+        labels = pipe(image, threshold=0.8, processing_resolution=32).labels[0]
         scores.add([metrics.confusion(labels, truth)])
     stored = results(whole)["methods"]["diffseg"]
     assert scores.figures() == pytest.approx({name: stored[name] for name in scores.figures()}, abs=1e-9)
@@ -117,7 +117,7 @@ def test_an_interrupted_run_does_no_image_twice(scenes, tmp_path, monkeypatch):
 def test_other_settings_are_refused(scenes, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "copy")
     for options, message in (
-        (["--methods", "all", "--threshold", "0.07"], "threshold was 0.05, is 0.07"),
+        (["--methods", "all", "--threshold", "0.07"], "threshold was 0.8, is 0.07"),
         (["--methods", "diffseg"], 'methods was ["diffseg", '),
         (["--methods", "all", "--seed", "1"], "seed was 0, is 1"),
         (["--methods", "all", "--clusters", "11"], "is 11"),
@@ -291,8 +291,8 @@ def test_study(scenes, tmp_path, monkeypatch):
         "timestep": ["10", "200"],
         "anchors": ["4", "8", "16"],
         "iterations": ["1", "3"],
-        "threshold": ["0.0125", "0.025", "0.0375", "0.05", "0.0625", "0.075", "0.1"],
-        "weights": ["proportional", "per_layer", "literal"],
+        "threshold": ["0.2", "0.4", "0.6", "0.8", "1.0", "1.2", "1.6"],
+        "weights": ["proportional", "per_layer", "literal", "own"],
         "rule": ["paper", "official"],
     }
     base = [row for row in rows if row["base"] == "1"]

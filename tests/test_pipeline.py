@@ -88,13 +88,19 @@ def test_pickled_weights_only_when_asked_for(checkpoint, tmp_path):
     assert DiffSegPipeline.from_pretrained(tmp_path, use_safetensors=False).unet is not None
 
 
-def test_a_checkpoint_carries_its_threshold(pixel_pipe, tmp_path):
-    pixel_pipe.register_to_config(threshold=0.015, timestep=200)
+def test_a_checkpoint_carries_its_options(pixel_pipe, tmp_path):
+    image = picture(32, 32)
+    weights = [1.0, 0.5] + [0.0] * (len(pixel_pipe.record(image).grids) - 2)
+    pixel_pipe.register_to_config(threshold=0.015, timestep=200, weights=weights)
     pixel_pipe.save_pretrained(tmp_path)
     loaded = quiet(DiffSegPipeline.from_pretrained(tmp_path))
-    assert (loaded.config.threshold, loaded.config.timestep) == (0.015, 200)
-    image = picture(32, 32)
-    assert np.array_equal(loaded(image).labels[0], pixel_pipe(image, threshold=0.015, timestep=200).labels[0])
+    assert (loaded.config.threshold, loaded.config.timestep, loaded.config.weights) == (0.015, 200, weights)
+    assert loaded.like().config.weights == weights
+    given = pixel_pipe(image, threshold=0.015, timestep=200, weights=weights).labels[0]
+    assert np.array_equal(loaded(image).labels[0], given)
+    attention, _ = loaded.attention(image)
+    torch.testing.assert_close(attention, pixel_pipe.attention(image, timestep=200, weights=weights)[0])
+    assert not torch.allclose(attention, loaded.attention(image, weights="proportional")[0], rtol=1e-2)
     assert loaded(image).num_segments != loaded(image, threshold=100.0).num_segments == [1]
 
 

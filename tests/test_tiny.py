@@ -1,6 +1,7 @@
 """The bundled model, and that its training can be interrupted and repeated."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -73,6 +74,24 @@ def test_choosing(pipe, monkeypatch):
     assert max(accuracies, key=accuracies.get) == (timestep, threshold)
 
 
+def test_the_choice_is_written_into_the_model_and_changes_nothing_else(monkeypatch, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    before = json.loads((model / "model_index.json").read_text())
+    monkeypatch.setattr(report, "TIMESTEPS", (10, 300))
+    monkeypatch.setattr(report, "THRESHOLDS", (0.1, 100.0))
+    command = f"report --model {model} --choose --scenes 1 --weights proportional"
+    monkeypatch.setattr(sys, "argv", command.split())
+    report.main()
+    after = json.loads((model / "model_index.json").read_text())
+    assert after == {**before, "weights": "proportional", "threshold": 0.1, "timestep": 10}
+    assert "wrote timestep 10, threshold 0.1, weights proportional" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["report", "--weights", "1,2"])
+    with pytest.raises(SystemExit):
+        report.main()
+    assert "--weights: expected --choose" in capsys.readouterr().err
+
+
 def run_training(monkeypatch, output, *options, stop_after=None):
     command = f"train --output {output} --steps 4 --batch-size 2 --scenes 3 --checkpoint-every 2"
     monkeypatch.setattr(sys, "argv", [*command.split(), *options])
@@ -136,9 +155,53 @@ def test_training_keeps_a_share_of_the_initial_weights(monkeypatch, tmp_path):
     assert any(not torch.equal(one, other) for one, other in zip(before.parameters(), after.parameters(), strict=True))
 
 
+def test_training_can_begin_with_sharper_attention(pipe, monkeypatch, tmp_path):
+    """The layers that are read, and no others, begin with scores times the factor, also where --keep averages."""
+    started = []
+    monkeypatch.setattr(train, "keep", lambda unet, initial, share: started.append(initial))
+    options = ["--initial", str(MODEL), "--sharpen", "1.5", "--keep", "0.5"]
+    run_training(monkeypatch, tmp_path, *options, stop_after=0)
+    run_training(monkeypatch, tmp_path, *options, "--stop", "1")
+    picture = torch.randn(1, 3, 64, 64)
+
+    def scores(unet):
+        with diffseg.record_attention(unet) as record, torch.no_grad():
+            unet(picture, 10, encoder_hidden_states=torch.zeros(1, 1, 16))
+        return record.queries[2][0, 0] @ record.keys[2][0, 0].T
+
+    torch.testing.assert_close(scores(started[0]), 1.5 * scores(pipe.unet), rtol=1e-3, atol=1e-3)
+    sharpened = [
+        name
+        for (name, one), other in zip(started[0].named_parameters(), pipe.unet.parameters(), strict=True)
+        if not torch.equal(one, other)
+    ]
+    assert sharpened == [
+        f"down_blocks.1.attentions.{layer}.transformer_blocks.0.attn1.to_q.weight" for layer in range(2)
+    ]
+
+
+def test_the_weights_are_of_layers_of_32_on_the_way_down(pipe):
+    with diffseg.record_attention(pipe.unet) as record, torch.no_grad():
+        pipe.unet(torch.zeros(1, 3, 64, 64), 10, encoder_hidden_states=torch.zeros(1, 1, 16))
+    weighed = [layer for layer, weight in enumerate(train.WEIGHTS) if weight]
+    assert len(train.WEIGHTS) == len(record.names) == 16
+    assert [record.names[layer] for layer in weighed] == [
+        f"down_blocks.1.attentions.{layer}.transformer_blocks.0.attn1" for layer in range(2)
+    ]
+    assert pipe.config.weights == list(train.WEIGHTS)
+
+
 @pytest.mark.parametrize(
     "options",
-    [["--timesteps", "0", "9"], ["--timesteps", "9", "9"], ["--stop", "0"], ["--keep", "0.5"], ["--keep", "1"]],
+    [
+        ["--timesteps", "0", "9"],
+        ["--timesteps", "9", "9"],
+        ["--stop", "0"],
+        ["--keep", "0.5"],
+        ["--keep", "1"],
+        ["--sharpen", "0"],
+        ["--sharpen", "2"],
+    ],
 )
 def test_training_refuses_bad_options(monkeypatch, tmp_path, capsys, options):
     with pytest.raises(SystemExit):

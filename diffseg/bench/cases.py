@@ -49,6 +49,7 @@ class Case:
     scales: list[float] | None = None
     logsumexps: list[Tensor] | None = None
     rule: ops.Rule = "paper"
+    weights: ops.Weights = "proportional"
 
     @property
     def batch(self) -> int:
@@ -67,7 +68,10 @@ class Case:
     @cached_property
     def attention(self) -> Tensor:
         """A_f [B, N, N]."""
-        return ops.aggregate(self.queries, self.keys, grids=self.grids, scales=self.scales, logsumexps=self.logsumexps)
+        return ops.aggregate(
+            self.queries, self.keys, grids=self.grids, scales=self.scales, logsumexps=self.logsumexps,
+            weights=self.weights,
+        )  # fmt: skip
 
     @cached_property
     def maps(self) -> list[Tensor]:
@@ -124,7 +128,10 @@ def bundled(size: Grid, batch: int, device: torch.device) -> Case:
         pipe.unet(pixels, pipe.config.timestep, encoder_hidden_states=context)
     rows = None if record.logsumexps is None else [each.to(device) for each in record.logsumexps]
     queries, keys = ([each.to(device) for each in layers] for layers in (record.queries, record.keys))
-    return Case("bundled", queries, keys, record.grids, size, pipe.config.threshold, record.scales, rows)
+    return Case(
+        "bundled", queries, keys, record.grids, size, pipe.config.threshold, record.scales, rows,
+        weights=pipe.config.weights,
+    )  # fmt: skip
 
 
 def bundled_pipeline() -> Any:

@@ -46,7 +46,7 @@ def _made_when_asked(make: Callable[P, Gate]) -> Callable[P, Gate]:
 @_made_when_asked
 def attention_gate(case: Case, maps: Sequence[Tensor] | None = None) -> Gate:
     """A_f: every row sums to 1, and some rows, drawn anew each time, equal the oracle's."""
-    ratios = ops.resolve_weights("proportional", case.grids)
+    ratios = ops.resolve_weights(case.weights, case.grids)
     cells = math.prod(case.grid)
     items = _items(case.batch)
     rows = torch.randperm(cells)[:_ROWS].sort().values

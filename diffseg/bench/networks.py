@@ -115,8 +115,7 @@ def _pipeline(pipe: Any, row: Row, settings: Settings) -> tuple[Any, ...]:
         return run
 
     def warm(backend: str) -> Any:
-        twin = type(pipe)(**pipe.components, threshold=pipe.config.threshold, timestep=pipe.config.timestep)
-        twin.set_progress_bar_config(disable=True)
+        twin = pipe.like()
         twin.warmup(row.batch, *given[0].shape[1:], processing_resolution=size, backend=backend)
         return twin
 

@@ -126,7 +126,7 @@ def literal_labels(proposals: Tensor, grid: Grid, size: Grid) -> Tensor:
 
 def literal_from_maps(case: Case, anchors: Sequence[int], iterations: int) -> Callable[[Sequence[Tensor]], Tensor]:
     """Maps to labels as the published code does it, in torch."""
-    ratios = ops.resolve_weights("proportional", case.grids)
+    ratios = ops.resolve_weights(case.weights, case.grids)
 
     def run(maps: Sequence[Tensor]) -> Tensor:
         labels = []

@@ -223,7 +223,10 @@ class Suite:
 
         def run(given: Any, backend: str) -> Any:
             queries, keys, rows = given
-            return ops.aggregate(queries, keys, grids=case.grids, scales=case.scales, logsumexps=rows, backend=backend)
+            return ops.aggregate(
+                queries, keys, grids=case.grids, scales=case.scales, logsumexps=rows, weights=case.weights,
+                backend=backend,
+            )  # fmt: skip
 
         contenders = self._subjects("aggregate", dtype, run, check)
         contenders += [
@@ -248,7 +251,7 @@ class Suite:
         out = torch.empty(row.batch, row.cells, row.cells, device=self.device)
 
         def run(maps: Any, backend: str) -> Any:
-            return ops.aggregate_maps(maps, grids=case.grids, backend=backend, out=out)
+            return ops.aggregate_maps(maps, grids=case.grids, weights=case.weights, backend=backend, out=out)
 
         contenders = self._subjects("aggregate_maps", torch.float32, run, check)
         contenders.append(Contender("eager", "baseline", lambda maps: run(maps, "reference"), check))
@@ -401,15 +404,16 @@ class Suite:
         def run(given: Any, backend: str) -> Any:
             queries, keys, rows = given
             return ops.segment(
-                queries, keys, case.size, grids=case.grids, scales=case.scales, logsumexps=rows,
+                queries, keys, case.size, grids=case.grids, scales=case.scales, logsumexps=rows, weights=case.weights,
                 threshold=case.threshold, backend=backend,
             )  # fmt: skip
 
         def eagerly(given: Any, walk: str) -> Any:
             queries, keys, rows = given
             attention = ops.aggregate(
-                queries, keys, grids=case.grids, scales=case.scales, logsumexps=rows, backend="reference"
-            )
+                queries, keys, grids=case.grids, scales=case.scales, logsumexps=rows, weights=case.weights,
+                backend="reference",
+            )  # fmt: skip
             proposals = peers.eager_merge(attention, row.grid, anchors, thresholds, "paper", walk)
             return peers.eager_labels(proposals, case.size)
 
@@ -443,7 +447,7 @@ class Suite:
         thresholds = [case.threshold] * ITERATIONS
 
         def run(maps: Any, backend: str) -> Any:
-            attention = ops.aggregate_maps(maps, grids=case.grids, backend=backend)
+            attention = ops.aggregate_maps(maps, grids=case.grids, weights=case.weights, backend=backend)
             proposals = ops.merge(
                 attention, grid=row.grid, anchors=row.anchors, threshold=case.threshold, rule="official",
                 backend=backend,
@@ -451,7 +455,7 @@ class Suite:
             return ops.label(proposals, case.size, backend=backend)
 
         def eagerly(maps: Any, walk: str) -> Any:
-            attention = ops.aggregate_maps(maps, grids=case.grids, backend="reference")
+            attention = ops.aggregate_maps(maps, grids=case.grids, weights=case.weights, backend="reference")
             proposals = peers.eager_merge(attention, row.grid, anchors, thresholds, "official", walk)
             return ops.label(proposals, case.size, backend="reference")
 

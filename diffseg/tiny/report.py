@@ -3,17 +3,24 @@
     python -m diffseg.tiny.report                         # the table, on 200 held-out scenes
     python -m diffseg.tiny.report --choose --scenes 50    # writes the best choice into the model's configuration
 
+With ``--weights`` the choice is made for other weights of the layers in A_f than the model's own, and written with
+them.
+
 No scene of either set was trained on, and the two sets do not meet (see ``diffseg.tiny.scenes``).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from ..checks import WEIGHT_SCHEMES
 from ..datasets import Sample
 from ..evaluate import table
 from ..methods import TITLES, Settings, diffseg_labels, predictions
@@ -23,14 +30,14 @@ from . import MODEL
 from .scenes import REPORT_SEEDS, THRESHOLD_SEEDS, scene
 
 TIMESTEPS = (10, 30, 100, 300)
-THRESHOLDS = tuple(round(0.02 * 1.12**step, 4) for step in range(38))  # 0.02 to 1.3
+THRESHOLDS = tuple(round(0.02 * 1.12**step, 4) for step in range(46))  # 0.02 to 3.3
 SCENES = 200
 
 
 def choose(pipe: DiffSegPipeline, count: int) -> dict[tuple[int, float], float]:
     """Mean accuracy over ``count`` scenes of each timestep and threshold."""
     accuracies = {(timestep, threshold): 0.0 for timestep in TIMESTEPS for threshold in THRESHOLDS}
-    base = _settings(pipe)
+    base = Settings.of(pipe)
     for seed in tqdm(THRESHOLD_SEEDS[:count], desc="choosing", unit="scene"):
         image, truth = scene(seed)
         for timestep in TIMESTEPS:
@@ -50,7 +57,7 @@ def typical_segments(count: int) -> int:
 
 def report(pipe: DiffSegPipeline, count: int) -> dict[str, dict[str, float]]:
     """The figures of each method on ``count`` held-out scenes."""
-    settings, clusters = _settings(pipe), typical_segments(count)
+    settings, clusters = Settings.of(pipe), typical_segments(count)
     scores = {method: RegionScores() for method in TITLES}
     for seed in tqdm(REPORT_SEEDS[:count], desc="held-out scenes", unit="scene"):
         image, truth = scene(seed)
@@ -60,8 +67,16 @@ def report(pipe: DiffSegPipeline, count: int) -> dict[str, dict[str, float]]:
     return {TITLES[method].format(clusters=clusters): each.figures() for method, each in scores.items()}
 
 
-def _settings(pipe: DiffSegPipeline) -> Settings:
-    return Settings(threshold=pipe.config.threshold, timestep=pipe.config.timestep)
+def write(model: Path, **options: Any) -> None:
+    """Makes ``options`` the model's own."""
+    path = model / DiffSegPipeline.config_name
+    config = {**json.loads(path.read_text()), **options}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    print(f"wrote {', '.join(f'{name} {value}' for name, value in options.items())} to {path}")
+
+
+def _weights(text: str) -> str | list[float]:
+    return text if text in WEIGHT_SCHEMES else [float(share) for share in text.split(",")]
 
 
 def main() -> None:
@@ -69,18 +84,24 @@ def main() -> None:
     parser.add_argument("--model", default=str(MODEL), help="a pipeline's folder (default: the bundled model)")
     parser.add_argument("--scenes", type=int, default=SCENES, help="how many (default: %(default)s)")
     parser.add_argument("--choose", action="store_true", help="choose timestep and threshold, write them to the model")
+    parser.add_argument(
+        "--weights", type=_weights, metavar="SCHEME|W,W,...",
+        help="to choose for: a scheme of diffseg.aggregate or a float a layer (default: the model's own)",
+    )  # fmt: skip
     arguments = parser.parse_args()
+    if arguments.weights is not None and not arguments.choose:
+        parser.error("--weights: expected --choose with it")
 
     pipe = DiffSegPipeline.from_pretrained(arguments.model)
+    if arguments.weights is not None:
+        pipe.register_to_config(weights=arguments.weights)
     if arguments.choose:
         accuracies = choose(pipe, arguments.scenes)
         best = max(accuracies, key=lambda choice: accuracies[choice])
         for (timestep, threshold), accuracy in accuracies.items():
             if timestep == best[0] or threshold == best[1]:
                 print(f"t = {timestep:3}, threshold {threshold:.4f}: accuracy {accuracy:.3f}")
-        pipe.register_to_config(timestep=best[0], threshold=best[1])
-        pipe.save_config(arguments.model)
-        print(f"wrote t = {best[0]}, threshold {best[1]} to {arguments.model}/model_index.json")
+        write(Path(arguments.model), timestep=best[0], threshold=best[1], weights=pipe.config.weights)
     else:
         print(f"{arguments.scenes} held-out scenes, t = {pipe.config.timestep}, threshold {pipe.config.threshold}")
         print("\n".join(table(report(pipe, arguments.scenes))))
