@@ -73,8 +73,8 @@ def calls(module):
     winner = array("i", bytes(4 * LABELS[0] * LABELS[1]))
     held = (queries, keys, maps, attention, proposals, out, counts, merged, found, winner)
     return held, {
-        "aggregate": lambda: module.aggregate(layers, 1, address(out), 1),
-        "aggregate_maps": lambda: module.aggregate_maps(map_layers, 1, address(out), 1),
+        "aggregate": lambda: module.aggregate(layers, (SIDE, SIDE), 1, address(out), 1),
+        "aggregate_maps": lambda: module.aggregate_maps(map_layers, (SIDE, SIDE), 1, address(out), 1),
         "merge": lambda: module.merge(
             view(attention, 1, CELLS, CELLS), (SIDE, SIDE), 1, anchors, [THRESHOLD] * 3, True,
             address(merged), address(found), 1,

@@ -59,7 +59,7 @@ def check_alike(name: str, tensor: Tensor, first: Tensor) -> None:
 
 
 def check_grids(grids: Sequence[Grid] | None, cells: Sequence[int], name: str = "grids") -> list[Grid]:
-    """One (h, w) a layer, each h * w = n, none taller or wider than the largest."""
+    """One (h, w) a layer, each h * w = n."""
     if grids is None:
         checked = [(math.isqrt(n), math.isqrt(n)) for n in cells]
     else:
@@ -72,11 +72,19 @@ def check_grids(grids: Sequence[Grid] | None, cells: Sequence[int], name: str = 
         if grid[0] * grid[1] != n:
             hint = f"; {n} is no square: pass {name}=" if grids is None else ""
             raise ValueError(f"{name}: expected height * width = {n}, got {grid[0]} x {grid[1]}{hint}")
-    height, width = max(checked, key=math.prod)
-    for grid in checked:
-        if grid[0] > height or grid[1] > width:
-            raise ValueError(f"{name}: expected every grid to fit in the largest, {height} x {width}, got {grid}")
     return checked
+
+
+def check_output_grid(grid: Any, grids: Sequence[Grid]) -> Grid:
+    """The (h, w) asked for, or, for None, the largest of ``grids``; none of which may be taller or wider."""
+    height, width = largest = max(grids, key=math.prod) if grid is None else check_pair("grid", grid)
+    for rows, columns in grids:
+        if rows > height or columns > width:
+            where = (
+                "grids: expected every grid to fit in the largest" if grid is None else "grid: expected room for all"
+            )
+            raise ValueError(f"{where}, {height} x {width}, got {rows} x {columns}")
+    return largest
 
 
 def check_pair(name: str, pair: Any) -> Grid:

@@ -29,9 +29,9 @@ def _pairs(flat: Sequence[int]) -> list[Grid]:
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _attention(layer: Tensor, grids: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory for A_f [B, N, N] of a batch like ``layer``'s, N the cells of the largest grid."""
-    cells = max(height * width for height, width in _pairs(grids))
+def _attention(layer: Tensor, grid: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for A_f [B, N, N] of a batch like ``layer``'s, N the cells of ``grid``."""
+    cells = grid[0] * grid[1]
     return torch.empty(layer.shape[0], cells, cells, dtype=dtype, device=layer.device)
 
 
@@ -42,12 +42,13 @@ def _aggregate_into(
     scales: list[float],
     logsumexps: list[Tensor] | None,
     ratios: list[float],
+    grid: list[int],
     out: Tensor,
     backend: str,
 ) -> None:
     first, width = queries[0], max(query.shape[3] for query in queries)
     run = backends.implementation(backend, "aggregate", first.device, first.dtype, width=width, storage=out.dtype)
-    run(queries, keys, _pairs(grids), scales, logsumexps, ratios, out)
+    run(queries, keys, _pairs(grids), scales, logsumexps, ratios, tuple(grid), out)
 
 
 def _aggregate(
@@ -57,36 +58,33 @@ def _aggregate(
     scales: list[float],
     logsumexps: list[Tensor] | None,
     ratios: list[float],
+    grid: list[int],
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    attention = _attention(queries[0], grids, dtype)
-    _aggregate_into(queries, keys, grids, scales, logsumexps, ratios, attention, backend)
+    attention = _attention(queries[0], grid, dtype)
+    _aggregate_into(queries, keys, grids, scales, logsumexps, ratios, grid, attention, backend)
     return attention
 
 
-def _aggregate_fake(queries: list[Tensor], keys: list[Tensor], grids: list[int], *rest: Any) -> Tensor:
-    *_, dtype, _ = rest
-    return _attention(queries[0], grids, dtype)
+def _aggregate_fake(queries: list[Tensor], *rest: Any) -> Tensor:
+    *_, grid, dtype, _ = rest
+    return _attention(queries[0], grid, dtype)
 
 
-def _aggregate_maps_into(maps: list[Tensor], grids: list[int], ratios: list[float], out: Tensor, backend: str) -> None:
+def _aggregate_maps_into(
+    maps: list[Tensor], grids: list[int], ratios: list[float], grid: list[int], out: Tensor, backend: str
+) -> None:
     run = backends.implementation(backend, "aggregate_maps", maps[0].device, maps[0].dtype, storage=out.dtype)
-    run(maps, _pairs(grids), ratios, out)
+    run(maps, _pairs(grids), ratios, tuple(grid), out)
 
 
 def _aggregate_maps(
-    maps: list[Tensor], grids: list[int], ratios: list[float], dtype: torch.dtype, backend: str
+    maps: list[Tensor], grids: list[int], ratios: list[float], grid: list[int], dtype: torch.dtype, backend: str
 ) -> Tensor:
-    attention = _attention(maps[0], grids, dtype)
-    _aggregate_maps_into(maps, grids, ratios, attention, backend)
+    attention = _attention(maps[0], grid, dtype)
+    _aggregate_maps_into(maps, grids, ratios, grid, attention, backend)
     return attention
-
-
-def _aggregate_maps_fake(
-    maps: list[Tensor], grids: list[int], ratios: list[float], dtype: torch.dtype, backend: str
-) -> Tensor:
-    return _attention(maps[0], grids, dtype)
 
 
 def _nothing(*_: Any) -> None:
@@ -155,23 +153,23 @@ def _score_masks_fake(maps: Tensor, _labels: Tensor, masks: int, _backend: str) 
 
 _operator(
     "aggregate(Tensor[] queries, Tensor[] keys, int[] grids, float[] scales, Tensor[]? logsumexps, float[] ratios, "
-    "ScalarType dtype, str backend) -> Tensor",
+    "int[] grid, ScalarType dtype, str backend) -> Tensor",
     _aggregate,
     _aggregate_fake,
 )
 _operator(
-    "aggregate_maps(Tensor[] maps, int[] grids, float[] ratios, ScalarType dtype, str backend) -> Tensor",
+    "aggregate_maps(Tensor[] maps, int[] grids, float[] ratios, int[] grid, ScalarType dtype, str backend) -> Tensor",
     _aggregate_maps,
-    _aggregate_maps_fake,
+    _aggregate_fake,
 )
 _operator(
     "aggregate_into(Tensor[] queries, Tensor[] keys, int[] grids, float[] scales, Tensor[]? logsumexps, "
-    "float[] ratios, Tensor(a!) out, str backend) -> ()",
+    "float[] ratios, int[] grid, Tensor(a!) out, str backend) -> ()",
     _aggregate_into,
     _nothing,
 )
 _operator(
-    "aggregate_maps_into(Tensor[] maps, int[] grids, float[] ratios, Tensor(a!) out, str backend) -> ()",
+    "aggregate_maps_into(Tensor[] maps, int[] grids, float[] ratios, int[] grid, Tensor(a!) out, str backend) -> ()",
     _aggregate_maps_into,
     _nothing,
 )

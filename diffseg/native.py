@@ -10,7 +10,7 @@ there, as anywhere else after a fork, until the process has called ``torch.set_n
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -79,19 +79,22 @@ class CpuKernels:
         scales: Sequence[float],
         logsumexps: Sequence[Tensor] | None,
         ratios: Sequence[float],
+        grid: Grid,
         out: Tensor,
     ) -> None:
-        _check_finite(queries, keys)
+        used = _used(ratios)
+        _check_finite(queries, keys, used)
         if logsumexps is not None:
             logsumexps = [logsumexp.float().contiguous() for logsumexp in logsumexps]
-        layers = self._layers(queries, keys, grids, scales, logsumexps, ratios)
-        _aggregate_into(self._module.aggregate, layers, out)
+        layers = self._layers(queries, keys, grids, scales, logsumexps, ratios, used)
+        _aggregate_into(self._module.aggregate, layers, grid, out)
 
     def aggregate_maps(
         self,
         maps: Sequence[Tensor],
         grids: Sequence[Grid],
         ratios: Sequence[float],
+        grid: Grid,
         out: Tensor,
     ) -> None:
         maps = [layer if layer.stride(3) == 1 else layer.contiguous() for layer in maps]
@@ -103,9 +106,9 @@ class CpuKernels:
                 ratio=ratios[layer],
                 number=layer,
             )
-            for layer in _by_size(grids)
+            for layer in _by_size(grids, _used(ratios))
         ]
-        _aggregate_into(self._module.aggregate_maps, layers, out)
+        _aggregate_into(self._module.aggregate_maps, layers, grid, out)
 
     def merge(
         self,
@@ -145,10 +148,11 @@ class CpuKernels:
         shares: Tensor,
         size: Grid,
     ) -> Tensor:
-        _check_finite(queries, keys)
+        every = range(len(grids))
+        _check_finite(queries, keys, every)
         shares = shares.contiguous()
         batch_size, words, tokens = shares.shape
-        layers = self._layers(queries, keys, grids, scales, None, [1.0] * len(grids))
+        layers = self._layers(queries, keys, grids, scales, None, [1.0] * len(grids), every)
         maps = torch.empty(batch_size, words, *size)
         bad = self._module.aggregate_cross(
             layers, batch_size, shares.data_ptr(), words, tokens, size, maps.data_ptr(), torch.get_num_threads()
@@ -175,8 +179,9 @@ class CpuKernels:
         scales: Sequence[float],
         logsumexps: Sequence[Tensor] | None,
         ratios: Sequence[float],
+        used: Iterable[int],
     ) -> list[Any]:
-        """What the kernels call the layers; they point into the tensors and do not keep them."""
+        """What the kernels call the layers ``used``; they point into the tensors and do not keep them."""
         return [
             self._module.Layer(
                 queries=self._view(queries[layer]),
@@ -189,7 +194,7 @@ class CpuKernels:
                 ratio=ratios[layer],
                 number=layer,
             )
-            for layer in _by_size(grids)
+            for layer in _by_size(grids, used)
         ]
 
     def _view(self, tensor: Tensor) -> Any:
@@ -223,14 +228,15 @@ class CudaKernels:
         scales: Sequence[float],
         logsumexps: Sequence[Tensor] | None,
         ratios: Sequence[float],
+        grid: Grid,
         out: Tensor,
     ) -> None:
         with self._on(queries[0].device) as queue:
             queries, keys = ([_rows_of_16_bytes(layer) for layer in layers] for layers in (queries, keys))
             if logsumexps is not None:
                 logsumexps = [logsumexp.float().contiguous() for logsumexp in logsumexps]
-            layers = self._layers(queries, keys, grids, scales, logsumexps, ratios)
-            attention, output = self._output(grids, out)
+            layers = self._layers(queries, keys, grids, scales, logsumexps, ratios, _used(ratios))
+            attention, output = self._output(grid, out)
             name = _name(queries[0].dtype)
             workspace = self._workspace(self._module.aggregate_workspace(layers, name, output), attention)
             self._module.aggregate(layers, name, output, workspace.data_ptr(), queue)
@@ -241,15 +247,18 @@ class CudaKernels:
         maps: Sequence[Tensor],
         grids: Sequence[Grid],
         ratios: Sequence[float],
+        grid: Grid,
         out: Tensor,
     ) -> None:
         with self._on(maps[0].device) as queue:
             maps = [layer if layer.stride(3) == 1 else layer.contiguous() for layer in maps]
             layers = [
-                self._module.MapLayer(maps=self._view(layer), heads=layer.shape[1], grid=grid, ratio=ratio)
-                for layer, grid, ratio in zip(maps, grids, ratios, strict=True)
+                self._module.MapLayer(
+                    maps=self._view(maps[layer]), heads=maps[layer].shape[1], grid=grids[layer], ratio=ratios[layer]
+                )
+                for layer in _used(ratios)
             ]
-            attention, output = self._output(grids, out)
+            attention, output = self._output(grid, out)
             workspace = self._workspace(self._module.aggregate_maps_workspace(layers, output), attention)
             self._module.aggregate_maps(layers, _name(maps[0].dtype), output, workspace.data_ptr(), queue)
             _store(attention, out)
@@ -297,7 +306,8 @@ class CudaKernels:
             queries, keys = ([_rows_of_16_bytes(layer) for layer in layers] for layers in (queries, keys))
             shares = shares.contiguous()
             batch_size, count, tokens = shares.shape
-            layers = self._layers(queries, keys, grids, scales, None, [1.0] * len(grids))
+            every = range(len(grids))
+            layers = self._layers(queries, keys, grids, scales, None, [1.0] * len(grids), every)
             words = self._module.Words(shares=shares.data_ptr(), count=count, tokens=tokens)
             maps = torch.empty(batch_size, count, *size, dtype=torch.float32, device=shares.device)
             workspace = self._workspace(self._module.aggregate_cross_workspace(layers, words, batch_size, size), maps)
@@ -333,8 +343,9 @@ class CudaKernels:
         scales: Sequence[float],
         logsumexps: Sequence[Tensor] | None,
         ratios: Sequence[float],
+        used: Iterable[int],
     ) -> list[Any]:
-        """What the kernels call the layers; they point into the tensors and do not keep them."""
+        """What the kernels call the layers ``used``; they point into the tensors and do not keep them."""
         return [
             self._module.Layer(
                 queries=self._view(queries[layer]),
@@ -342,19 +353,18 @@ class CudaKernels:
                 logsumexps=0 if logsumexps is None else logsumexps[layer].data_ptr(),
                 heads=queries[layer].shape[1],
                 depth=queries[layer].shape[3],
-                grid=grid,
+                grid=grids[layer],
                 scale=scales[layer],
                 ratio=ratios[layer],
             )
-            for layer, grid in enumerate(grids)
+            for layer in used
         ]
 
     def _view(self, tensor: Tensor) -> Any:
         return self._module.View(tensor.data_ptr(), tensor.stride()[:3])
 
-    def _output(self, grids: Sequence[Grid], out: Tensor) -> tuple[Tensor, Any]:
+    def _output(self, grid: Grid, out: Tensor) -> tuple[Tensor, Any]:
         """``out``, or new memory if the kernels cannot store vectors into it; and what they call it."""
-        grid = max(grids, key=lambda grid: grid[0] * grid[1])
         attention = out if out.data_ptr() % 16 == 0 else torch.empty_like(out)
         return attention, self._module.Attention(
             data=attention.data_ptr(), dtype=_name(out.dtype), grid=grid, batch=len(out)
@@ -384,22 +394,27 @@ def _rows_of_16_bytes(tensor: Tensor) -> Tensor:
     return copy
 
 
-def _check_finite(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
+def _used(ratios: Sequence[float]) -> list[int]:
+    """The layers that have a share in A_f."""
+    return [layer for layer, ratio in enumerate(ratios) if ratio > 0]
+
+
+def _check_finite(queries: Sequence[Tensor], keys: Sequence[Tensor], layers: Iterable[int]) -> None:
     """A score of -inf leaves finite attention behind, which the kernels cannot see."""
-    for layer, tensors in enumerate(zip(queries, keys, strict=True)):
-        if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in tensors):
+    for layer in layers:
+        if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in (queries[layer], keys[layer])):
             raise ValueError(non_finite_attention(layer))
 
 
-def _by_size(grids: Sequence[Grid]) -> list[int]:
-    """The layers in order of their grids, as the kernels expect them: those of one grid together, the largest last."""
-    return sorted(range(len(grids)), key=lambda layer: (grids[layer][0] * grids[layer][1], grids[layer]))
+def _by_size(grids: Sequence[Grid], layers: Iterable[int]) -> list[int]:
+    """``layers`` in order of their grids, as the kernels expect them: those of one grid together, the largest last."""
+    return sorted(layers, key=lambda layer: (grids[layer][0] * grids[layer][1], grids[layer]))
 
 
-def _aggregate_into(run: Any, layers: list[Any], out: Tensor) -> None:
+def _aggregate_into(run: Any, layers: list[Any], grid: Grid, out: Tensor) -> None:
     """Calls a C++ kernel for A_f [B, N, N]. For another storage dtype it exists in float32 first."""
     attention = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-    bad = run(layers, len(out), attention.data_ptr(), torch.get_num_threads())
+    bad = run(layers, grid, len(out), attention.data_ptr(), torch.get_num_threads())
     if bad >= 0:
         raise ValueError(non_finite_attention(bad))
     _store(attention, out)

@@ -22,6 +22,7 @@ from .checks import (
     check_length,
     check_numbers,
     check_out,
+    check_output_grid,
     check_pair,
     check_rule,
     check_sequence,
@@ -55,6 +56,7 @@ def aggregate(
     scales: Sequence[float] | None = None,
     logsumexps: Sequence[Tensor] | None = None,
     weights: Weights = "proportional",
+    grid: Grid | None = None,
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     out: Tensor | None = None,
@@ -62,7 +64,7 @@ def aggregate(
     """Aggregates the self-attention of all layers into one map a cell (the paper's equations 1 to 3).
 
     ``A_f[(I, J)] = sum_k R_k normalise(upsample(mean_heads softmax(Q_k K_k^T scale_k)))[(I h_k // h, J w_k // w)]``,
-    where (h, w), the output grid, is the largest of the grids (h_k, w_k). Rows sum to 1.
+    where (h, w) is the output grid. Rows sum to 1.
 
     Args:
         queries, keys: one tensor a layer, [B, heads, n, d]; float16, bfloat16, float32 or float64.
@@ -71,7 +73,8 @@ def aggregate(
         logsumexps: log-sum-exp of each row of the scaled scores, [B, heads, n]; None: computed.
         weights: ``"proportional"`` (layers of one grid share equally, grids weigh as sqrt(n); the published code),
             ``"per_layer"`` (sqrt(n) over all layers), ``"literal"`` (the paper's text: per_layer times N / n), or a
-            float a layer; renormalised to sum 1.
+            float a layer; renormalised to sum 1. A layer of weight 0 is not read.
+        grid: (h, w), at least as high and as wide as every layer's; None: the largest of ``grids``.
         dtype: in which A_f is stored: float32, float64 or bfloat16. bfloat16 halves A_f and gives up the exactness of
             D; of the bundled model's labels of held-out scenes more than 99.9 % stay (tests/test_tiny.py).
         backend: ``"auto"`` or one of :func:`available_backends`.
@@ -108,6 +111,7 @@ def aggregate(
                 )
     check_storage_dtype("dtype", dtype)
     ratios = resolve_weights(weights, grids)
+    grid = check_output_grid(grid, grids)
     check_name(backend)
     layers = (
         list(queries),
@@ -116,10 +120,11 @@ def aggregate(
         scales,
         None if logsumexps is None else list(logsumexps),
         ratios,
+        grid,
     )
     if out is None:
         return operators.aggregate(*layers, dtype, backend)
-    check_out(out, len(first), output_grid(grids), dtype, first.device)
+    check_out(out, len(first), grid, dtype, first.device)
     operators.aggregate_into(*layers, out, backend)
     return out
 
@@ -129,6 +134,7 @@ def aggregate_maps(
     *,
     grids: Sequence[Grid] | None = None,
     weights: Weights = "proportional",
+    grid: Grid | None = None,
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     out: Tensor | None = None,
@@ -137,7 +143,7 @@ def aggregate_maps(
 
     Args:
         maps: one tensor a layer, [B, heads, n, n] or [B, n, n] (averaged over heads); rows need not sum to 1.
-        grids, weights, dtype, backend, out: as in :func:`aggregate`.
+        grids, weights, grid, dtype, backend, out: as in :func:`aggregate`.
 
     Returns:
         A_f [B, N, N].
@@ -152,11 +158,12 @@ def aggregate_maps(
     grids = check_grids(grids, [layer.shape[2] for layer in layers])
     check_storage_dtype("dtype", dtype)
     ratios = resolve_weights(weights, grids)
+    grid = check_output_grid(grid, grids)
     check_name(backend)
     if out is None:
-        return operators.aggregate_maps(layers, _flat(grids), ratios, dtype, backend)
-    check_out(out, len(layers[0]), output_grid(grids), dtype, layers[0].device)
-    operators.aggregate_maps_into(layers, _flat(grids), ratios, out, backend)
+        return operators.aggregate_maps(layers, _flat(grids), ratios, grid, dtype, backend)
+    check_out(out, len(layers[0]), grid, dtype, layers[0].device)
+    operators.aggregate_maps_into(layers, _flat(grids), ratios, grid, out, backend)
     return out
 
 
@@ -291,7 +298,7 @@ def aggregate_cross(
     grids = check_grids(grids, [query.shape[2] for query in queries])
     scales = _check_scales(scales, queries)
     shares = _token_shares(tokens, len(queries[0]), length, queries[0].device)
-    size = max(grids, key=math.prod) if size is None else check_pair("size", size)
+    size = check_output_grid(None, grids) if size is None else check_pair("size", size)
     check_name(backend)
     return operators.aggregate_cross(list(queries), list(keys), _flat(grids), scales, shares, size, backend)
 
@@ -333,6 +340,7 @@ def segment(
     scales: Sequence[float] | None = None,
     logsumexps: Sequence[Tensor] | None = None,
     weights: Weights = "proportional",
+    grid: Grid | None = None,
     anchors: int | Sequence[int] = 16,
     iterations: int = 3,
     threshold: float | Sequence[float] = 1.0,
@@ -352,10 +360,10 @@ def segment(
     check_rule(rule)
     check_bool("refine", refine)
     check_layers("queries", queries, dimensions=("batch", "heads", "n", "d"))
-    grid = output_grid(check_grids(grids, [query.shape[2] for query in queries]))
+    grid = check_output_grid(grid, check_grids(grids, [query.shape[2] for query in queries]))
     anchors = anchor_indices(grid, anchors)
     attention = aggregate(
-        queries, keys, grids=grids, scales=scales, logsumexps=logsumexps, weights=weights, backend=backend
+        queries, keys, grids=grids, scales=scales, logsumexps=logsumexps, weights=weights, grid=grid, backend=backend
     )
     proposals = merge(
         attention, grid=grid, anchors=anchors, iterations=iterations, threshold=threshold, rule=rule, backend=backend
@@ -374,8 +382,8 @@ def renumber(labels: Tensor, length: int) -> Tensor:
 
 
 def output_grid(grids: Sequence[Grid]) -> Grid:
-    """The grid of A_f: the largest of the layers' grids."""
-    return max(grids, key=lambda grid: grid[0] * grid[1])
+    """The grid of A_f unless another is asked for: the largest of the layers' grids."""
+    return max(grids, key=math.prod)
 
 
 def anchor_indices(grid: Grid, anchors: int | Sequence[int]) -> tuple[int, ...]:

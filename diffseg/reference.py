@@ -32,9 +32,10 @@ def aggregate(
     scales: Sequence[float],
     logsumexps: Sequence[Tensor] | None,
     ratios: Sequence[float],
+    grid: Grid,
     out: Tensor,
 ) -> None:
-    """Into ``out``, A_f [B, N, N], from queries and keys [B, heads, n, d] and log-sum-exps of scores [B, heads, n]."""
+    """Into ``out``, A_f [B, N, N] over ``grid``, from Q and K [B, heads, n, d] and log-sum-exps [B, heads, n]."""
 
     def layer_map(layer: int, item: int, compute: torch.dtype) -> Tensor:
         query, key = queries[layer][item].to(compute) * scales[layer], keys[layer][item].to(compute)
@@ -48,36 +49,40 @@ def aggregate(
                 total += (scores - logsumexps[layer][item, head, :, None].to(compute)).exp_()
         return total / query.shape[0]
 
-    _aggregate(layer_map, grids, ratios, _compute_dtype(out.dtype, *queries, *keys), out)
+    _aggregate(layer_map, grids, ratios, grid, _compute_dtype(out.dtype, *queries, *keys), out)
 
 
 def aggregate_maps(
     maps: Sequence[Tensor],
     grids: Sequence[Grid],
     ratios: Sequence[float],
+    grid: Grid,
     out: Tensor,
 ) -> None:
-    """Into ``out``, A_f [B, N, N], from attention maps, lists of [B, heads, n, n]."""
+    """Into ``out``, A_f [B, N, N] over ``grid``, from attention maps, lists of [B, heads, n, n]."""
 
     def layer_map(layer: int, item: int, compute: torch.dtype) -> Tensor:
         return maps[layer][item].mean(0, dtype=compute)
 
-    _aggregate(layer_map, grids, ratios, _compute_dtype(out.dtype, *maps), out)
+    _aggregate(layer_map, grids, ratios, grid, _compute_dtype(out.dtype, *maps), out)
 
 
 def _aggregate(
     layer_map: Callable[[int, int, torch.dtype], Tensor],
     grids: Sequence[Grid],
     ratios: Sequence[float],
+    grid: Grid,
     compute: torch.dtype,
     out: Tensor,
 ) -> None:
     """Sums ratio * normalise(upsample(M_k)) over the layers k, each row repeated to the output grid's queries."""
-    height, width = max(grids, key=lambda grid: grid[0] * grid[1])
+    height, width = grid
     cells = height * width
     for item in range(len(out)):
         total = torch.zeros(height, width, cells, dtype=compute, device=out.device)
         for layer, ((rows, columns), ratio) in enumerate(zip(grids, ratios, strict=True)):
+            if ratio == 0:
+                continue
             averaged = layer_map(layer, item, compute)
             _check_finite(layer, averaged)
             upsampled = F.interpolate(
@@ -85,7 +90,7 @@ def _aggregate(
             ).view(rows, columns, cells)
             mass = upsampled.sum(-1, keepdim=True).clamp_min(SMALLEST_PROBABILITY)
             upsampled = upsampled * (ratio / mass)
-            if (rows, columns) == (height, width):
+            if (rows, columns) == grid:
                 total += upsampled
             else:
                 row = torch.arange(height, device=out.device) * rows // height

@@ -54,12 +54,13 @@ _WIDE_TILES = {  # float32 operands
 _LARGEST_LARGE_TILE_WIDTH = 96
 _MANY_CELLS = 1024  # beyond this a map has large tiles enough to fill the GPU
 _LARGEST_ROW = 4096  # cells of a row of maps that one program holds: such rows are read once, longer ones twice
+_UPSAMPLED_BLOCK = 1024  # cells that a program upsamples at a time where nothing else is in a row
 _LAYER_WORDS = tl.constexpr(4)  # in the table: three addresses, and the scale and the offset of its exponent
 _SMALLEST = tl.constexpr(SMALLEST_PROBABILITY)
 
 
 class _Group(NamedTuple):
-    """Layers of one grid whose tensors are laid out alike: one launch."""
+    """Layers with a share in A_f, of one grid, whose tensors are laid out alike: one launch."""
 
     grid: Grid
     layers: list[int]
@@ -73,10 +74,10 @@ def aggregate(
     scales: Sequence[float],
     logsumexps: Sequence[Tensor] | None,
     ratios: Sequence[float],
+    output: Grid,
     out: Tensor,
 ) -> None:
-    """Into ``out``, A_f [B, N, N], N = h w of the largest grid; as :func:`diffseg.reference.aggregate`."""
-    output = _largest(grids)
+    """Into ``out``, A_f [B, N, N] over the grid ``output``; as :func:`diffseg.reference.aggregate`."""
     batch_size, device = queries[0].shape[0], queries[0].device
     computed = [logsumexps is None or not _divides(grid, output) for grid in grids]
     rows = [
@@ -85,15 +86,14 @@ def aggregate(
         else logsumexps[layer].float()
         for layer, query in enumerate(queries)
     ]
-    groups = _groups(
-        grids, [(q.shape, q.stride(), k.stride(), row.stride()) for q, k, row in zip(queries, keys, rows, strict=True)]
-    )
+    layouts = [(q.shape, q.stride(), k.stride(), row.stride()) for q, k, row in zip(queries, keys, rows, strict=True)]
+    groups = _groups(grids, ratios, layouts)
     words = []
     for layer in (layer for group in groups for layer in group.layers):
         share = ratios[layer] / queries[layer].shape[1]
         if _divides(grids[layer], output):  # upsampling multiplies the sum of a map by N / n
             share *= _cells(grids[layer]) / _cells(output)
-        exponent = _pack(scales[layer] * math.log2(math.e), math.log2(share) if share > 0 else -math.inf)
+        exponent = _pack(scales[layer] * math.log2(math.e), math.log2(share))
         words += [queries[layer].data_ptr(), keys[layer].data_ptr(), rows[layer].data_ptr(), exponent]
     staged = _Staging(groups, output, batch_size, device)
     table = integers_on_device(words + staged.words(), device)
@@ -105,18 +105,23 @@ def aggregate(
     for group in groups:
         _sum_tiles(group, output, queries, keys, rows, table, staged, out, group.grid in written)
         written.add(group.grid)
+    if output not in written:
+        _store_staged(output, table, staged, out)
 
 
 def aggregate_maps(
     maps: Sequence[Tensor],
     grids: Sequence[Grid],
     ratios: Sequence[float],
+    output: Grid,
     out: Tensor,
 ) -> None:
-    """Into ``out``, A_f [B, N, N], from maps [B, heads, n, n]; as :func:`diffseg.reference.aggregate_maps`."""
-    output = _largest(grids)
+    """Into ``out``, A_f [B, N, N] over the grid ``output``, from maps [B, heads, n, n].
+
+    As :func:`diffseg.reference.aggregate_maps`.
+    """
     batch_size, device = maps[0].shape[0], maps[0].device
-    groups = _groups(grids, [(layer.shape, layer.stride()) for layer in maps])
+    groups = _groups(grids, ratios, [(layer.shape, layer.stride()) for layer in maps])
     words = []
     for layer in (layer for group in groups for layer in group.layers):
         words += [maps[layer].data_ptr(), 0, 0, _pack(ratios[layer], 0.0)]
@@ -126,14 +131,12 @@ def aggregate_maps(
     for group in groups:
         _sum_rows(group, output, maps, table, staged, out, group.grid in written)
         written.add(group.grid)
+    if output not in written:
+        _store_staged(output, table, staged, out)
 
 
 def _cells(grid: Grid) -> int:
     return grid[0] * grid[1]
-
-
-def _largest(grids: Sequence[Grid]) -> Grid:
-    return max(grids, key=_cells)
 
 
 def _divides(grid: Grid, output: Grid) -> bool:
@@ -146,11 +149,12 @@ def _pack(first: float, second: float) -> int:
     return packed
 
 
-def _groups(grids: Sequence[Grid], layouts: Sequence[object]) -> list[_Group]:
+def _groups(grids: Sequence[Grid], ratios: Sequence[float], layouts: Sequence[object]) -> list[_Group]:
     """Layers of equal grid and layout together, the smallest grids first."""
     members: dict[tuple[Grid, object], list[int]] = {}
-    for layer, (grid, layout) in enumerate(zip(grids, layouts, strict=True)):
-        members.setdefault((grid, layout), []).append(layer)
+    for layer, (grid, ratio, layout) in enumerate(zip(grids, ratios, layouts, strict=True)):
+        if ratio > 0:
+            members.setdefault((grid, layout), []).append(layer)
     groups: list[_Group] = []
     table = 0
     for (grid, _), layers in sorted(members.items(), key=lambda item: _cells(item[0][0])):
@@ -283,8 +287,7 @@ def _sum_rows(
     batch_size, cells, _ = out.shape
     weights = None if full else _upsampling_weights(group.grid, output, out.device)
     unit = common_unit([maps[layer] for layer in group.layers])
-    block = min(triton.next_power_of_2(cells), _LARGEST_ROW)
-    config = Config({"BLOCK": block}, num_warps=max(1, block // 256), num_stages=1)
+    config = _row_config(_LARGEST_ROW, cells)
     launch(
         _rows_kernel, (cells, batch_size), config, out.device,
         table=table[group.table :], first=first, weights=weights,
@@ -292,7 +295,24 @@ def _sum_rows(
         stride_mb=first.stride(0) // unit, stride_mh=first.stride(1) // unit, stride_mq=first.stride(2) // unit,
         stride_mk=first.stride(3),
         **_upsampling(staged, table, output, full and not accumulate), ACCUMULATE=accumulate,
-        UNIT=unit, LAYERS=triton.next_power_of_2(len(group.layers)), SINGLE=cells <= block,
+        UNIT=unit, LAYERS=triton.next_power_of_2(len(group.layers)), SINGLE=cells <= config.blocks["BLOCK"],
+    )  # fmt: skip
+
+
+def _row_config(longest: int, cells: int) -> Config:
+    block = min(triton.next_power_of_2(cells), longest)
+    return Config({"BLOCK": block}, num_warps=max(1, block // 256), num_stages=1)
+
+
+def _store_staged(output: Grid, table: Tensor, staged: _Staging, attention: Tensor) -> None:
+    """Writes A_f where no layer is on the output grid: the upsampled low-resolution sums are all of it."""
+    cells = _cells(output)
+    launch(
+        _rows_kernel, (cells, len(attention)), _row_config(_UPSAMPLED_BLOCK, cells), attention.device,
+        table=table, first=staged.sums, weights=None,
+        out=attention, stride_ob=attention.stride(0), layers=0, heads=0, cells=cells,
+        stride_mb=0, stride_mh=0, stride_mq=0, stride_mk=0,
+        **_upsampling(staged, table, output, True), ACCUMULATE=False, UNIT=1, LAYERS=1, SINGLE=True,
     )  # fmt: skip
 
 

@@ -96,22 +96,26 @@ def record(
     positions = ops.anchor_indices(output, anchors)
     attention = _attention(output)
     with launch.recording(target.generation, hip=target.gpu.backend == "hip") as launches:
-        aggregate.aggregate(queries, queries, grids, scales, rows, [1 / len(grids)] * len(grids), attention)
+        aggregate.aggregate(queries, queries, grids, scales, rows, [1 / len(grids)] * len(grids), output, attention)
         maps, counts = merge.merge(attention, output, positions, [1.0, 1.0], "paper")
         label.label(maps, counts, output, network.size)
     return launches
 
 
 def record_maps(network: Network, dtype: torch.dtype, target: Target) -> list[launch.Launch]:
-    """The launches of ``aggregate_maps`` on one image."""
+    """The launches of ``aggregate_maps`` on one image, with and without a layer on the output grid."""
     grids = [grid for number, grid, _, _ in network.layers for _ in range(number)]
     maps = [
         torch.empty(1, heads, grid[0] * grid[1], grid[0] * grid[1], dtype=dtype, device="meta")
         for number, grid, heads, _ in network.layers
         for _ in range(number)
     ]
+    output = ops.output_grid(grids)
+    ratios = [1 / len(grids)] * len(grids)
+    low = [0.0 if grid == output else ratio for grid, ratio in zip(grids, ratios, strict=True)]
     with launch.recording(target.generation, hip=target.gpu.backend == "hip") as launches:
-        aggregate.aggregate_maps(maps, grids, [1 / len(grids)] * len(grids), _attention(ops.output_grid(grids)))
+        aggregate.aggregate_maps(maps, grids, ratios, output, _attention(output))
+        aggregate.aggregate_maps(maps, grids, low, output, _attention(output))
     return launches
 
 

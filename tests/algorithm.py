@@ -59,9 +59,11 @@ def layer_weights(scheme: str | Sequence[float], grids: Sequence[Grid]) -> list[
     return [share / sum(shares) for share in shares]
 
 
-def aggregate(maps: Sequence[Array], grids: Sequence[Grid], scheme: str | Sequence[float]) -> Array:
+def aggregate(
+    maps: Sequence[Array], grids: Sequence[Grid], scheme: str | Sequence[float], output: Grid | None = None
+) -> Array:
     """Equations 1 to 3: [heads, n_k, n_k] of each layer -> A_f [N, N], each upsampled map normalised by itself."""
-    h, w = max(grids, key=lambda grid: grid[0] * grid[1])
+    h, w = output or max(grids, key=lambda grid: grid[0] * grid[1])
     result = np.zeros((h * w, h * w))
     for layer, (rows, columns), weight in zip(maps, grids, layer_weights(scheme, grids), strict=True):
         mean = sum(layer) / len(layer)

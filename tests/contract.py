@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+
+import diffseg
 
 
 def as_double(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -24,6 +27,32 @@ def assert_same_attention(found: Tensor, expected: Tensor) -> None:
     """The contract on A_f: entries within 1e-4 relative + 1e-9, rows that sum to 1 within 1e-5."""
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
     assert (found.double().sum(-1) - 1).abs().max() < 1e-5
+
+
+def assert_layers_without_a_share_are_not_read(
+    backend: str, queries: Sequence[Tensor], keys: Sequence[Tensor], grids: Sequence[tuple[int, int]]
+) -> None:
+    """With no share for the output grid's layers: their NaN does not show, and A_f is as of the others on that grid."""
+    output = max(grids)
+    shares = [0.0 if grid == output else 1.0 + layer for layer, grid in enumerate(grids)]
+    used = [layer for layer, share in enumerate(shares) if share > 0]
+    maps = [(query @ key.mT * query.shape[-1] ** -0.5).softmax(-1) for query, key in zip(queries, keys, strict=True)]
+    for op, inputs in (
+        (diffseg.aggregate, (queries, keys)),
+        (partial(diffseg.aggregate, logsumexps=logsumexps_of(queries, keys)), (queries, keys)),
+        (diffseg.aggregate_maps, (maps,)),
+    ):
+        spoiled = [
+            [each * torch.nan if share == 0 else each for each, share in zip(tensors, shares, strict=True)]
+            for tensors in inputs
+        ]
+        found = op(*spoiled, grids=grids, weights=shares, backend=backend)
+        rest = {"grids": [grids[layer] for layer in used], "weights": [shares[layer] for layer in used], "grid": output}
+        kept = [[tensors[layer] for layer in used] for tensors in inputs]
+        bare = op.func if isinstance(op, partial) else op
+        expected = bare(*map(as_double, kept), dtype=torch.float64, backend="reference", **rest)
+        assert_same_attention(found, expected)
+        assert_same_attention(bare(*kept, backend=backend, **rest), expected)
 
 
 def distances(first: Tensor, second: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from contract import assert_layers_without_a_share_are_not_read
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -70,6 +71,11 @@ def test_a_tap_of_no_weight_adds_nothing(isa):
     maps = [torch.softmax(scores(query, key), -1).float() for query, key in zip(queries, keys, strict=True)]
     expected = diffseg.aggregate_maps([each.double() for each in maps], grids=grids, dtype=torch.float64)
     assert_same_attention(diffseg.aggregate_maps(maps, grids=grids, backend="cpu"), expected)
+
+
+@pytest.mark.parametrize("stack", ["square", "wide", "non-divisible"])
+def test_layers_without_a_share_are_not_read(isa, stack):
+    assert_layers_without_a_share_are_not_read("cpu", *layers(stack, batch=2))
 
 
 def test_strided_inputs(isa):

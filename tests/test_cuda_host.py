@@ -25,7 +25,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from contract import as_double, assert_same_attention, distances, logsumexps_of
+from contract import (
+    as_double,
+    assert_layers_without_a_share_are_not_read,
+    assert_same_attention,
+    distances,
+    logsumexps_of,
+)
 from torch import Tensor
 
 import diffseg
@@ -191,6 +197,13 @@ class TestAggregate:
     def test_a_negative_scale(self, layers: Callable[..., Any]) -> None:
         scene = layers([(3, 5)], dtype=torch.float32)
         check_aggregate(scene.queries, scene.keys, grids=scene.grids, scales=[-0.5])
+
+    @pytest.mark.parametrize("grids", [DIVISIBLE, INDIVISIBLE], ids=["divisible", "indivisible"])
+    def test_layers_without_a_share_are_not_read(
+        self, layers: Callable[..., Any], grids: list[tuple[int, int]]
+    ) -> None:
+        scene = layers(grids, batch=2, dtype=torch.float32)
+        assert_layers_without_a_share_are_not_read("cuda", scene.queries, scene.keys, grids)
 
     @pytest.mark.parametrize("grids", [DIVISIBLE, INDIVISIBLE], ids=["rows of 16 bytes", "odd rows"])
     def test_storage_in_bfloat16(self, layers: Callable[..., Any], grids: list[tuple[int, int]]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from contract import assert_layers_without_a_share_are_not_read
 from torch import Tensor
 
 import diffseg
@@ -125,6 +126,13 @@ def test_aggregate_meets_the_contract(backend: str, network: str, dtype: torch.d
     expected = oracle(scene)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
     assert (found.double().sum(-1) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("grids", [[(48, 48), (24, 24), (12, 12)], [(20, 37), (9, 37), (12, 12)]])
+def test_layers_without_a_share_are_not_read(backend: str, layers: Callable[..., Any], grids: Any) -> None:
+    scene = layers(grids, batch=2, dtype=torch.float32)
+    on_gpu = ([each.cuda() for each in tensors] for tensors in (scene.queries, scene.keys))
+    assert_layers_without_a_share_are_not_read(backend, *on_gpu, grids)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -27,20 +27,23 @@ def test_operators_pass_opcheck(backend):
     flat, ratios, dtype = [8, 6, 4, 3], [0.75, 0.25], torch.float32
     logsumexps = [torch.logsumexp(query @ key.mT * 0.5, -1) for query, key in zip(queries, keys, strict=True)]
     operators = torch.ops.diffseg
-    attention = operators.aggregate(queries, keys, flat, [0.5, 0.5], None, ratios, dtype, backend)
+    attention = operators.aggregate(queries, keys, flat, [0.5, 0.5], None, ratios, [8, 6], dtype, backend)
     maps, counts = operators.merge(attention, [8, 6], [0, 7, 21, 40], [0.3, 0.3], "paper", backend)
     texts, shares = [key[:, :, :5] for key in keys], torch.eye(3, 5).expand(2, -1, -1)
     words = operators.aggregate_cross(queries, texts, flat, [0.5, 0.5], shares, [16, 12], backend)
     winners = operators.label(maps, counts, [8, 6], [13, 11], backend)
     for operator, arguments in (
-        (operators.aggregate, (queries, keys, flat, [0.5, 0.5], None, ratios, dtype, backend)),
-        (operators.aggregate, (queries, keys, flat, [0.5, 0.5], logsumexps, ratios, torch.bfloat16, backend)),
-        (operators.aggregate_maps, ([attention[:, None]], [8, 6], [1.0], dtype, backend)),
+        (operators.aggregate, (queries, keys, flat, [0.5, 0.5], None, ratios, [8, 6], dtype, backend)),
+        (operators.aggregate, (queries, keys, flat, [0.5, 0.5], logsumexps, ratios, [9, 6], torch.bfloat16, backend)),
+        (operators.aggregate_maps, ([attention[:, None]], [8, 6], [1.0], [8, 6], dtype, backend)),
         (
             operators.aggregate_into,
-            (queries, keys, flat, [0.5, 0.5], None, ratios, torch.zeros_like(attention), backend),
+            (queries, keys, flat, [0.5, 0.5], None, ratios, [8, 6], torch.zeros_like(attention), backend),
         ),
-        (operators.aggregate_maps_into, ([attention[:, None]], [8, 6], [1.0], torch.zeros_like(attention), backend)),
+        (
+            operators.aggregate_maps_into,
+            ([attention[:, None]], [8, 6], [1.0], [8, 6], torch.zeros_like(attention), backend),
+        ),
         (operators.merge, (attention, [8, 6], [0, 7, 21, 40], [0.3, 0.3], "paper", backend)),
         (operators.merge, (attention.bfloat16(), [8, 6], [0, 7], [0.3], "official", backend)),
         (operators.label, (maps, counts, [8, 6], [13, 11], backend)),

@@ -52,6 +52,22 @@ class TestAggregate:
             np.testing.assert_allclose(from_queries[item].numpy(), expected, rtol=1e-10, atol=1e-15)
             np.testing.assert_allclose(from_maps[item].numpy(), expected, rtol=1e-10, atol=1e-15)
 
+    @pytest.mark.parametrize("grid", [(12, 10), (13, 11)], ids=["divisible", "indivisible"])
+    def test_the_output_grid_may_be_larger_than_all_layers(self, layers: Callable[..., Any], grid: Any) -> None:
+        grids = [(6, 5), (4, 5), (6, 5)]
+        scene = layers(grids)
+        weights = [1.0, 2.0, 0.0]
+        options: dict[str, Any] = {"grids": grids, "grid": grid, "weights": weights, "dtype": torch.float64}
+        maps = scene.maps()
+        expected = algorithm.aggregate([layer[0].numpy() for layer in maps], grids, weights, grid)
+        scene.queries[2] = maps[2] = torch.full_like(maps[2], torch.nan)
+        scene.keys[2] = scene.queries[2]
+        for found in (
+            diffseg.aggregate(scene.queries, scene.keys, backend="reference", **options),
+            diffseg.aggregate_maps(maps, backend="reference", **options),
+        ):
+            np.testing.assert_allclose(found[0].numpy(), expected, rtol=1e-10, atol=1e-15)
+
     def test_literal_weights_are_the_text_with_one_normalisation_at_the_end(self, layers: Callable[..., Any]) -> None:
         scene = layers(SQUARE)
         maps = scene.maps()

@@ -156,7 +156,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "grids: floats": (aggregate(grids=[(4, 4), (2.0, 2)]), TypeError, "grids: expected an int, got float 2.0"),
     "grids: one does not fit": (
         aggregate(*[queries((1, 2, 16, 4), (1, 2, 5, 4))] * 2, grids=[(4, 4), (1, 5)]), ValueError,
-        r"grids: expected every grid to fit in the largest, 4 x 4, got \(1, 5\)"),
+        r"grids: expected every grid to fit in the largest, 4 x 4, got 1 x 5"),
     "scales: too many": (aggregate(scales=[1.0] * 3), ValueError, "scales: expected 2 items, one a layer, got 3"),
     "scales: a number": (aggregate(scales=0.5), TypeError, "scales: expected 2 numbers, got float 0.5"),
     "scales: NaN": (aggregate(scales=[1.0, NAN]), ValueError, "scales: expected finite numbers, got nan"),
@@ -231,6 +231,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         aggregate_maps(dtype=torch.float16), ValueError, "dtype: expected torch.float32, .* got torch.float16"),
     "maps: backend": (aggregate_maps(backend="gpu"), ValueError, "backend: expected one of 'auto', .* got 'gpu'"),
     "maps: out": (aggregate_maps(out=torch.ones(1, 4, 4)), ValueError, r"out: expected \[1, 16, 16\], .* got"),
+    "maps: grid": (
+        aggregate_maps(grid=(4, 2)), ValueError, r"grid: expected room for all, 4 x 2, got 4 x 4"),
     # merge
     "attention: an array": (merge(np.ones((1, 4, 4))), TypeError, "attention: expected a torch.Tensor, got ndarray"),
     "attention: no batch": (

@@ -14,7 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from contract import as_double, assert_same_attention, distances, logsumexps_of
+from contract import (
+    as_double,
+    assert_layers_without_a_share_are_not_read,
+    assert_same_attention,
+    distances,
+    logsumexps_of,
+)
 from diffseg.kernels import aggregate as aggregate_kernels
 from diffseg.kernels import cross as cross_kernels
 from diffseg.kernels import label as label_kernels
@@ -80,6 +86,13 @@ class TestAggregate:
         queries, keys = [scene.queries[0] * 8], scene.keys
         assert (queries[0] @ keys[0].mT).max() > 128  # 2 ** 128 is beyond float32
         check_aggregate(queries, keys, grids=scene.grids, scales=[1.0])
+
+    @pytest.mark.parametrize("grids", [DIVISIBLE, INDIVISIBLE], ids=["divisible", "indivisible"])
+    def test_layers_without_a_share_are_not_read(
+        self, layers: Callable[..., Any], grids: list[tuple[int, int]]
+    ) -> None:
+        scene = layers(grids, batch=2, dtype=torch.float32)
+        assert_layers_without_a_share_are_not_read("triton", scene.queries, scene.keys, grids)
 
     def test_storage_in_bfloat16(self, layers: Callable[..., Any]) -> None:
         scene = layers(DIVISIBLE, dtype=torch.float32)

@@ -5,7 +5,8 @@
 //               cell's share of the upsampled grid, so that the row need not be upsampled to know it
 //
 // Layers of one grid are summed before they are upsampled. The grids below the output's come first; their sums are kept
-// widened along x ([n_k, h_k, w]), and a row of A_f starts as the blend of these down y, computed where it is needed.
+// widened along x ([n_k, h_k, w]), and a row of A_f starts as the blend of these down y, computed where it is needed;
+// where no layer is on the output's grid, that is all of A_f.
 //
 // Work split, from queries and keys: one task is a block of rows of one layer whose exponentials E and sum M, [rows, n]
 // each, stay in the second-level cache. For each head the keys stream past in panels of kWide columns, packed once a
@@ -42,7 +43,7 @@ void add_scaled(float* to, float factor, const float* from, int64_t length) {
 // The layers of one grid.
 struct Level {
     Grid grid;
-    int64_t first, last;  // layers [first, last)
+    int64_t first, last;  // layers [first, last); none may be on the output grid
     float* wide;          // [n, grid.height, width of the output]; null for the output grid itself
     Tap *down, *across;   // taps of the output's rows and columns
     float* share;         // [n rounded up to kWide] each cell's weight in the sum of an upsampled map
@@ -51,9 +52,9 @@ struct Level {
 // All levels and what they own.
 class Levels {
 public:
-    Levels(const Layer* layers, int64_t count)
-        : grid(layers[count - 1].grid),
-          levels_(count),
+    Levels(const Layer* layers, int64_t count, Grid output)
+        : grid(output),
+          levels_(count + 1),
           taps_(count * (grid.height + grid.width)),
           share_(share_size(layers, count)),
           wide_(wide_size(layers, count, grid)) {
@@ -72,12 +73,13 @@ public:
             }
             levels_[this->count - 1].last = layer + 1;
         }
-        top().wide = nullptr;
+        if (layers[count - 1].grid.cells() < grid.cells())
+            levels_[this->count++] = {grid, count, count, nullptr, nullptr, nullptr, nullptr};
+        levels_[this->count - 1].wide = nullptr;
     }
 
     Level* begin() { return levels_; }
     Level* end() { return levels_ + count; }
-    Level& top() { return levels_[count - 1]; }
 
     // out [N] = row `cell` of the blend of all lower levels.
     void start_row(int64_t cell, float* out) const {
@@ -334,8 +336,8 @@ int64_t largest(const Layer* layers, int64_t count, int64_t (*size)(const Layer&
     return result;
 }
 
-int64_t aggregate(const Layer* layers, int64_t count, int64_t batch, float* out, int threads) {
-    Levels levels(layers, count);
+int64_t aggregate(const Layer* layers, int64_t count, Grid grid, int64_t batch, float* out, int threads) {
+    Levels levels(layers, count, grid);
     const int64_t cells = levels.grid.cells();
     int64_t lower = 1;
     for (const Level& level : levels)
@@ -378,10 +380,15 @@ int64_t aggregate(const Layer* layers, int64_t count, int64_t batch, float* out,
                     }
                 }
             }
-            if (is_top) continue;
+            if (is_top && level.first < level.last) continue;  // its rows are finished
             const int64_t rows = level.grid.cells();
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-            for (int64_t row = 0; row < rows; ++row) levels.widen_row(level, row, compact + row * rows);
+            for (int64_t row = 0; row < rows; ++row) {
+                if (is_top)
+                    levels.start_row(row, target + row * rows);
+                else
+                    levels.widen_row(level, row, compact + row * rows);
+            }
         }
     }
     return bad == count ? kFinite : bad;
@@ -435,8 +442,8 @@ float sum_heads(const Layer& layer, int64_t item, int64_t row, const float* shar
         cells, [=](int64_t j) { return load(to + j) * load(share + j); }, [=](int64_t j) { return to[j] * share[j]; });
 }
 
-int64_t aggregate_maps(const Layer* layers, int64_t count, int64_t batch, float* out, int threads) {
-    Levels levels(layers, count);
+int64_t aggregate_maps(const Layer* layers, int64_t count, Grid grid, int64_t batch, float* out, int threads) {
+    Levels levels(layers, count, grid);
     const int64_t cells = levels.grid.cells();
     Buffer<float> lines(2 * cells * threads);
     int64_t bad = count;

@@ -47,10 +47,10 @@ struct Words {
 constexpr int64_t kFinite = -1;
 
 struct Kernels {
-    // out [batch, N, N]. Layers are sorted by grid, the output grid last. Returns kFinite, or the first layer of the
-    // list whose attention has NaN or infinity.
-    int64_t (*aggregate)(const Layer* layers, int64_t count, int64_t batch, float* out, int threads);
-    int64_t (*aggregate_maps)(const Layer* layers, int64_t count, int64_t batch, float* out, int threads);
+    // out [batch, N, N] over `grid`. Layers are sorted by grid, and none exceeds it. Returns kFinite, or the first layer
+    // of the list whose attention has NaN or infinity.
+    int64_t (*aggregate)(const Layer* layers, int64_t count, Grid grid, int64_t batch, float* out, int threads);
+    int64_t (*aggregate_maps)(const Layer* layers, int64_t count, Grid grid, int64_t batch, float* out, int threads);
     // attention [batch, N, N] with column stride 1 (its head stride is not used); maps [batch, length, N]; counts
     // [batch]. Returns kFinite, or the first image whose attention has NaN or infinity.
     int64_t (*merge)(const View& attention, Grid grid, int64_t batch, const MergeOptions& options, float* maps,

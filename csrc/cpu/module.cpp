@@ -22,6 +22,7 @@ namespace py = pybind11;
 
 namespace {
 
+using diffseg::Grid;
 using diffseg::Kernels;
 using diffseg::Layer;
 using diffseg::Type;
@@ -81,25 +82,27 @@ Layer make_map_layer(const View& maps, int64_t heads, Pair grid, float ratio, in
 
 // Asks for huge pages within A_f [batch, N, N], fresh memory mostly: first touching 64 MiB in small pages takes longer
 // than writing it.
-void advise_huge_pages(const std::vector<Layer>& layers, int64_t batch, uintptr_t out) {
+void advise_huge_pages(Grid grid, int64_t batch, uintptr_t out) {
 #ifdef __linux__
     constexpr uintptr_t kHugePage = 2 << 20;
-    const int64_t cells = layers.back().grid.cells();
+    const int64_t cells = grid.cells();
     const uintptr_t end = (out + batch * cells * cells * sizeof(float)) / kHugePage * kHugePage;
     const uintptr_t start = (out + kHugePage - 1) / kHugePage * kHugePage;
     if (start < end) madvise(pointer<void>(start), end - start, MADV_HUGEPAGE);  // a hint: it may be refused
 #endif
 }
 
-int64_t aggregate(const std::vector<Layer>& layers, int64_t batch, uintptr_t out, int threads) {
-    advise_huge_pages(layers, batch, out);
-    return table->aggregate(layers.data(), static_cast<int64_t>(layers.size()), batch, pointer<float>(out),
+int64_t aggregate(const std::vector<Layer>& layers, Pair pair, int64_t batch, uintptr_t out, int threads) {
+    const Grid grid = {pair[0], pair[1]};
+    advise_huge_pages(grid, batch, out);
+    return table->aggregate(layers.data(), static_cast<int64_t>(layers.size()), grid, batch, pointer<float>(out),
                             allowed(threads));
 }
 
-int64_t aggregate_maps(const std::vector<Layer>& layers, int64_t batch, uintptr_t out, int threads) {
-    advise_huge_pages(layers, batch, out);
-    return table->aggregate_maps(layers.data(), static_cast<int64_t>(layers.size()), batch, pointer<float>(out),
+int64_t aggregate_maps(const std::vector<Layer>& layers, Pair pair, int64_t batch, uintptr_t out, int threads) {
+    const Grid grid = {pair[0], pair[1]};
+    advise_huge_pages(grid, batch, out);
+    return table->aggregate_maps(layers.data(), static_cast<int64_t>(layers.size()), grid, batch, pointer<float>(out),
                                  allowed(threads));
 }
 

@@ -8,9 +8,10 @@
 //
 // Layers below the output grid are summed first, at their own resolution, in parts of some layers each so that small
 // grids fill the GPU; rows_kernel (rows.cu) adds the parts in order, and normalises rows where upsampling does not
-// multiply all sums alike. The sum of the output grid's layers adds them, upsampled, as it stores. Of size n x n there
-// are only these sums. In both kernels Q and K pass through shared memory in chunks of at most 160 bytes a row, copied
-// asynchronously one chunk ahead. Two warps share 32 rows: a warp holds 32 x 64 scores and as many sums in registers.
+// multiply all sums alike. The sum of the output grid's layers adds them, upsampled, as it stores; where there is no
+// such layer, rows_kernel stores them. Of size n x n there are only these sums. In both kernels above Q and K pass
+// through shared memory in chunks of at most 160 bytes a row, copied asynchronously one chunk ahead. Two warps share 32
+// rows: a warp holds 32 x 64 scores and as many sums in registers.
 //
 // At SD 1.4, the 64 x 64 layers: 54 GFLOP (64 with the padded width), 0.67 G exp2, 64 MB written; Q and K (26 MB) stay
 // in the second-level cache, from which a tile reads 20 KB a head, 0.8 GB in all. Without log-sum-exps the products and
@@ -594,6 +595,9 @@ class Aggregation {
     }
 
     void sum_output(Output output, Stream stream) const {
+        const bool only_lows = std::none_of(layers_.begin(), layers_.end(),
+                                            [&](const Layer& layer) { return layer.grid == out_.grid; });
+        if (only_lows) sum_rows({{{}, out_.grid, out_.data, false}}, Type::float32, output, out_.batch, stream);
         for (int width = 0; width < kWidths; ++width) {
             std::vector<int> members;
             for (size_t layer = 0; layer <= layers_.size(); ++layer) {
