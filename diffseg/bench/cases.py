@@ -38,7 +38,7 @@ class Unavailable(Exception):  # noqa: N818  (no error: a row that is not for th
 
 @dataclass
 class Case:
-    """Self-attention of one forward pass, and how to merge it."""
+    """Self-attention of the layers of one forward pass that have a share in A_f, and how to merge it."""
 
     name: str
     queries: list[Tensor]  # [B, heads, n, d] each
@@ -50,6 +50,7 @@ class Case:
     logsumexps: list[Tensor] | None = None
     rule: ops.Rule = "paper"
     weights: ops.Weights = "proportional"
+    output: Grid | None = None  # the grid of A_f; None: the largest of ``grids``
 
     @property
     def batch(self) -> int:
@@ -57,7 +58,7 @@ class Case:
 
     @property
     def grid(self) -> Grid:
-        return ops.output_grid(self.grids)
+        return self.output or ops.output_grid(self.grids)
 
     @property
     def layers(self) -> list[Layer]:
@@ -68,10 +69,19 @@ class Case:
     @cached_property
     def attention(self) -> Tensor:
         """A_f [B, N, N]."""
+        return self.aggregate((self.queries, self.keys, self.logsumexps))
+
+    def aggregate(self, given: Any, **options: Any) -> Tensor:
+        """A_f from queries, keys and log-sum-exps, these or copies."""
+        queries, keys, logsumexps = given
         return ops.aggregate(
-            self.queries, self.keys, grids=self.grids, scales=self.scales, logsumexps=self.logsumexps,
-            weights=self.weights,
+            queries, keys, grids=self.grids, scales=self.scales, logsumexps=logsumexps, weights=self.weights,
+            grid=self.grid, **options,
         )  # fmt: skip
+
+    def aggregate_maps(self, maps: Sequence[Tensor], **options: Any) -> Tensor:
+        """A_f from maps."""
+        return ops.aggregate_maps(maps, grids=self.grids, weights=self.weights, grid=self.grid, **options)
 
     @cached_property
     def maps(self) -> list[Tensor]:
@@ -126,11 +136,16 @@ def bundled(size: Grid, batch: int, device: torch.device) -> Case:
     context = torch.zeros(batch, 1, pipe.unet.config.cross_attention_dim)
     with torch.no_grad(), record_attention(pipe.unet) as record:
         pipe.unet(pixels, pipe.config.timestep, encoder_hidden_states=context)
-    rows = None if record.logsumexps is None else [each.to(device) for each in record.logsumexps]
-    queries, keys = ([each.to(device) for each in layers] for layers in (record.queries, record.keys))
+    shares = ops.resolve_weights(pipe.config.weights, record.grids)
+
+    def used(values: Sequence[T]) -> list[T]:
+        return [value for value, share in zip(values, shares, strict=True) if share > 0]
+
+    queries, keys = ([each.to(device) for each in used(layers)] for layers in (record.queries, record.keys))
+    rows = None if record.logsumexps is None else [each.to(device) for each in used(record.logsumexps)]
     return Case(
-        "bundled", queries, keys, record.grids, size, pipe.config.threshold, record.scales, rows,
-        weights=pipe.config.weights,
+        "bundled", queries, keys, used(record.grids), size, pipe.config.threshold, used(record.scales), rows,
+        weights=used(shares), output=ops.output_grid(record.grids),
     )  # fmt: skip
 
 

@@ -77,11 +77,12 @@ def aggregate(
     passes: int | None = None,
     batch: int = 1,
     storage: int = 4,
+    grid: Grid | None = None,
 ) -> Work:
     """A_f from queries and keys of ``element`` bytes.
 
     Without log-sum-exps every exponential is taken twice, unless ``passes`` says once: where a row's exponentials can
-    be kept until their sum is known, as in a CPU's cache.
+    be kept until their sum is known, as in a CPU's cache. ``grid``: of A_f; None: the largest of the layers'.
     """
     pairs = sum(layer.heads * layer.cells**2 for layer in layers)
     passes = passes or (1 if logsumexps else 2)
@@ -89,7 +90,7 @@ def aggregate(
     read += sum(4 * layer.heads * layer.cells for layer in layers) if logsumexps else 0
     return (
         Work(
-            bytes=read + attention_bytes(layers, storage),
+            bytes=read + attention_bytes(layers, storage, grid),
             flops=sum(2 * layer.heads * layer.cells**2 * layer.channels for layer in layers),
             exponentials=passes * pairs,
         )
@@ -97,15 +98,18 @@ def aggregate(
     )
 
 
-def aggregate_maps(layers: Sequence[Layer], *, element: int = 4, batch: int = 1, storage: int = 4) -> Work:
+def aggregate_maps(
+    layers: Sequence[Layer], *, element: int = 4, batch: int = 1, storage: int = 4, grid: Grid | None = None
+) -> Work:
     """A_f from maps [heads, n, n] of ``element`` bytes: bytes alone count."""
     read = sum(layer.heads * layer.cells**2 * element for layer in layers)
-    return Work(bytes=read + attention_bytes(layers, storage)) * batch
+    return Work(bytes=read + attention_bytes(layers, storage, grid)) * batch
 
 
-def attention_bytes(layers: Sequence[Layer], storage: int = 4) -> int:
+def attention_bytes(layers: Sequence[Layer], storage: int = 4, grid: Grid | None = None) -> int:
     """Bytes of A_f."""
-    return max(layer.cells for layer in layers) ** 2 * storage
+    cells = max(layer.cells for layer in layers) if grid is None else grid[0] * grid[1]
+    return cells**2 * storage
 
 
 def first_round(cells: int, anchors: int, *, density: float = 1.0, products: int = 1, batch: int = 1) -> Work:

@@ -75,9 +75,11 @@ def compiled_first_round() -> Callable[..., Tensor]:
     return compiled
 
 
-def literal_aggregate_maps(maps: Sequence[Tensor], grids: Sequence[Grid], ratios: Sequence[float]) -> Tensor:
+def literal_aggregate_maps(
+    maps: Sequence[Tensor], grids: Sequence[Grid], ratios: Sequence[float], output: Grid
+) -> Tensor:
     """The published code's aggregation, step by step in torch: every upsampled and repeated tensor exists. [N, N]."""
-    height, width = ops.output_grid(grids)
+    height, width = output
     total = torch.zeros(height, width, height, width, device=maps[0].device)
     for layer, (rows, columns), ratio in zip(maps, grids, ratios, strict=True):
         averaged = layer.float().mean(0).view(-1, 1, rows, columns)
@@ -131,7 +133,7 @@ def literal_from_maps(case: Case, anchors: Sequence[int], iterations: int) -> Ca
     def run(maps: Sequence[Tensor]) -> Tensor:
         labels = []
         for item in range(case.batch):
-            attention = literal_aggregate_maps([layer[item] for layer in maps], case.grids, ratios)
+            attention = literal_aggregate_maps([layer[item] for layer in maps], case.grids, ratios, case.grid)
             elements = literal_first_round(attention, anchors, case.threshold)
             for _ in range(iterations - 1):
                 elements = literal_later_round(elements, case.threshold)

@@ -222,11 +222,7 @@ class Suite:
         dtype = case.queries[0].dtype
 
         def run(given: Any, backend: str) -> Any:
-            queries, keys, rows = given
-            return ops.aggregate(
-                queries, keys, grids=case.grids, scales=case.scales, logsumexps=rows, weights=case.weights,
-                backend=backend,
-            )  # fmt: skip
+            return case.aggregate(given, backend=backend)
 
         contenders = self._subjects("aggregate", dtype, run, check)
         contenders += [
@@ -241,7 +237,7 @@ class Suite:
     def _aggregate_work(self, case: Case) -> Work:
         return cost.aggregate(
             case.layers, element=case.queries[0].element_size(), logsumexps=case.logsumexps is not None,
-            passes=None if self.device.type == "cuda" else 1, batch=case.batch,
+            passes=None if self.device.type == "cuda" else 1, batch=case.batch, grid=case.grid,
         )  # fmt: skip
 
     def _maps(self, row: Row) -> Plan:
@@ -251,7 +247,7 @@ class Suite:
         out = torch.empty(row.batch, row.cells, row.cells, device=self.device)
 
         def run(maps: Any, backend: str) -> Any:
-            return ops.aggregate_maps(maps, grids=case.grids, weights=case.weights, backend=backend, out=out)
+            return case.aggregate_maps(maps, backend=backend, out=out)
 
         contenders = self._subjects("aggregate_maps", torch.float32, run, check)
         contenders.append(Contender("eager", "baseline", lambda maps: run(maps, "reference"), check))
@@ -260,7 +256,7 @@ class Suite:
             copy = peers.copy_of(moved, self.device)
             contenders.append(Contender("copy", "peer", lambda maps: copy(), note="other work: as many bytes moved"))
         inputs = cases.rotated(case.maps, self.device)
-        return Plan(inputs, contenders, lambda: cost.aggregate_maps(case.layers, batch=row.batch))
+        return Plan(inputs, contenders, lambda: cost.aggregate_maps(case.layers, batch=row.batch, grid=case.grid))
 
     def _attention(self, row: Row) -> tuple[torch.Tensor, float]:
         """A_f and the threshold of a row that merges."""
@@ -405,15 +401,11 @@ class Suite:
             queries, keys, rows = given
             return ops.segment(
                 queries, keys, case.size, grids=case.grids, scales=case.scales, logsumexps=rows, weights=case.weights,
-                threshold=case.threshold, backend=backend,
+                grid=case.grid, threshold=case.threshold, backend=backend,
             )  # fmt: skip
 
         def eagerly(given: Any, walk: str) -> Any:
-            queries, keys, rows = given
-            attention = ops.aggregate(
-                queries, keys, grids=case.grids, scales=case.scales, logsumexps=rows, weights=case.weights,
-                backend="reference",
-            )  # fmt: skip
+            attention = case.aggregate(given, backend="reference")
             proposals = peers.eager_merge(attention, row.grid, anchors, thresholds, "paper", walk)
             return peers.eager_labels(proposals, case.size)
 
@@ -447,7 +439,7 @@ class Suite:
         thresholds = [case.threshold] * ITERATIONS
 
         def run(maps: Any, backend: str) -> Any:
-            attention = ops.aggregate_maps(maps, grids=case.grids, weights=case.weights, backend=backend)
+            attention = case.aggregate_maps(maps, backend=backend)
             proposals = ops.merge(
                 attention, grid=row.grid, anchors=row.anchors, threshold=case.threshold, rule="official",
                 backend=backend,
@@ -455,7 +447,7 @@ class Suite:
             return ops.label(proposals, case.size, backend=backend)
 
         def eagerly(maps: Any, walk: str) -> Any:
-            attention = ops.aggregate_maps(maps, grids=case.grids, weights=case.weights, backend="reference")
+            attention = case.aggregate_maps(maps, backend="reference")
             proposals = peers.eager_merge(attention, row.grid, anchors, thresholds, "official", walk)
             return ops.label(proposals, case.size, backend="reference")
 
