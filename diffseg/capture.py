@@ -47,6 +47,7 @@ class AttentionRecord:
     def __init__(self, recorder: _Recorder) -> None:
         self._recorder: _Recorder | None = recorder
         self._layers: list[_Layer] = []
+        self._output_grid: Grid = (0, 0)
 
     @property
     def queries(self) -> list[Tensor]:
@@ -62,6 +63,12 @@ class AttentionRecord:
     def grids(self) -> list[Grid]:
         """(h, w) each, h * w = n."""
         return [layer.grid for layer in self._settled()]
+
+    @property
+    def output_grid(self) -> Grid:
+        """The largest grid of all layers of the UNet that could be recorded, also where the pass ended before it."""
+        self._settled()
+        return self._output_grid
 
     @property
     def scales(self) -> list[float]:
@@ -86,19 +93,21 @@ class AttentionRecord:
     def aggregate(self, **options: Any) -> Tensor:
         """A_f [B, N, N] of the recorded self-attention: :func:`diffseg.aggregate` with ``options``, such as weights."""
         return ops.aggregate(
-            self.queries, self.keys, grids=self.grids, scales=self.scales, logsumexps=self.logsumexps, **options
-        )
+            self.queries, self.keys, grids=self.grids, scales=self.scales, logsumexps=self.logsumexps,
+            **{"grid": self.output_grid, **options},
+        )  # fmt: skip
 
     def _settled(self) -> list[_Layer]:
         if self._recorder is not None:
-            self._layers = self._recorder.collect()
+            self._layers, self._output_grid = self._recorder.collect()
         return self._layers
 
     def _close(self) -> None:
-        recorder, self._recorder = cast(_Recorder, self._recorder), None
+        recorder = cast(_Recorder, self._recorder)
         try:
-            self._layers = recorder.collect()
+            self._settled()
         finally:
+            self._recorder = None
             recorder.clear()
 
 
@@ -152,6 +161,39 @@ def record_attention(unet: Any, *, cross: bool = False) -> Iterator[AttentionRec
         record._close()
 
 
+def count_layers(unet: UNet2DConditionModel) -> int:
+    """The number of its self-attention layers."""
+    return len(_attention_layers(unet, cross=False))
+
+
+def record_pass(unet: Any, *inputs: Any, layers: int | None = None, **more: Any) -> AttentionRecord:
+    """What :func:`record_attention` records of one call of ``unet`` that is made for nothing else.
+
+    The pass ends where the last of the first ``layers`` self-attention layers (None: of all) has been recorded, unless
+    somebody may wait for its end: hooks that look at outputs or move weights, or compiled code.
+    """
+    whole = hasattr(unet, "_orig_mod") or any(map(_is_altered, unet.modules()))
+    with record_attention(unet) as record:
+        recorder = cast(_Recorder, record._recorder)
+        if not whole:
+            recorder.end_after(layers)
+        try:
+            unet(*inputs, **more)
+        except _PassEnded:
+            recorder.end()
+    return record
+
+
+class _PassEnded(Exception):  # noqa: N818  (no error)
+    """All layers that are wanted have been recorded."""
+
+
+def _is_altered(module: torch.nn.Module) -> bool:
+    """By forward hooks of PyTorch, by those of accelerate and diffusers, which replace ``forward``, or by compiling."""
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or bool(module._forward_hooks) or "forward" in vars(module)
+
+
 def _set_processors(layers: dict[str, Attention], processors: Mapping[str, Any]) -> None:
     for name, attn in layers.items():
         attn.set_processor(processors[name])
@@ -174,6 +216,7 @@ class _Recorder:
         self._processors: dict[str, _RecordingProcessor] = {}
         self._layers: list[_Layer] = []
         self._latent: Grid = (0, 0)
+        self._output_grid: Grid = (0, 0)
         self._complete = False
 
     def prepare(self, layers: dict[str, Attention], levels: int) -> dict[str, _RecordingProcessor]:
@@ -191,16 +234,25 @@ class _Recorder:
         sample = args[0] if args else kwargs["sample"]
         self._latent = (sample.shape[-2], sample.shape[-1])
 
-    def end(self, module: UNet2DConditionModel, args: tuple[Any, ...], output: Any) -> None:
+    def end_after(self, layers: int | None) -> None:
+        """Has the pass end by :class:`_PassEnded` when the first ``layers``, or all, have been recorded."""
+        list(self._processors.values())[:layers][-1].last = True
+
+    def end(self, *_: Any) -> None:
         self._complete = True
 
-    def collect(self) -> list[_Layer]:
-        """The layers of the last pass, if it ran to its end. Takes them from the processors; is never compiled."""
+    def collect(self) -> tuple[list[_Layer], Grid]:
+        """The layers of the last pass, if it came to its end, and the largest grid of all that there are.
+
+        Takes them from the processors; is never compiled.
+        """
         if self._complete:
             self._complete = False
-            self._layers = [each.layer(self._latent) for each in self._processors.values() if each.query is not None]
+            processors = self._processors.values()
+            self._layers = [each.layer(self._latent) for each in processors if each.query is not None]
+            self._output_grid = ops.output_grid([each.grid(self._latent) for each in processors])
             self._forget()
-        return self._layers
+        return self._layers, self._output_grid
 
     def clear(self) -> None:
         self._layers = []
@@ -230,6 +282,7 @@ class _RecordingProcessor:
         self._scale = float(attn.scale)
         self._scale_argument = None if kind in _DEFAULT_SCALE else self._scale
         self._fused = kind is FusedAttnProcessor2_0
+        self.last = False
 
     def forget(self) -> None:
         self.query: Tensor | None = None
@@ -268,6 +321,8 @@ class _RecordingProcessor:
             key = attn.norm_k(key)
         output, logsumexp = scaled_dot_product_attention(query, key, value, self._scale_argument)
         self._keep(query, key, logsumexp)
+        if self.last:
+            raise _PassEnded
         output = output.transpose(1, 2).flatten(2)
         output = attn.to_out[1](attn.to_out[0](output))
         if len(shape) == 4:
@@ -294,11 +349,15 @@ class _RecordingProcessor:
         self.logsumexp = None if logsumexp is None else logsumexp.detach()
         self.compiled = torch.compiler.is_compiling()
 
-    def layer(self, latent: Grid) -> _Layer:
-        """What was recorded, on its grid: each level of the UNet halves the sides of the last, rounding up."""
-        query, key = cast(Tensor, self.query), cast(Tensor, self.key)
+    def grid(self, latent: Grid) -> Grid:
+        """Of the queries: each level of the UNet halves the sides of the last, rounding up."""
         step = 2**self._level
-        grid = (-(-latent[0] // step), -(-latent[1] // step))
+        return -(-latent[0] // step), -(-latent[1] // step)
+
+    def layer(self, latent: Grid) -> _Layer:
+        """What was recorded."""
+        query, key = cast(Tensor, self.query), cast(Tensor, self.key)
+        grid = self.grid(latent)
         if query.shape[2] != grid[0] * grid[1]:
             raise ValueError(
                 f"{self._name}: expected {grid[0]} x {grid[1]} queries for a latent of {latent[0]} x {latent[1]}, got "

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import backends, ops, semantics
 from . import images as image_io
-from .capture import AttentionRecord, record_attention
+from .capture import AttentionRecord, count_layers, record_pass
 from .checks import check_bool, check_integer, check_pair, check_rule, check_thresholds, check_weight_scheme, plain
 from .ops import Proposals, Rule, Weights
 from .recorded import (
@@ -414,12 +414,12 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         thresholds = check_thresholds(self.config.threshold if threshold is None else threshold, iterations)
         check_integer("anchors", anchors, 1)
         check_rule(rule)
-        weights = self.config.weights if weights is None else weights
+        weights = plain(self.config.weights if weights is None else weights)
         check_weight_scheme(weights)
+        if not isinstance(weights, str):
+            weights = tuple(ops.resolve_weights(weights, [(1, 1)] * count_layers(self.unet)))
         backends.check_name(backend)
-        shares = plain(weights)
-        shares = tuple(shares) if isinstance(shares, list) else shares
-        return Options(timestep, tuple(thresholds), anchors, rule, shares, backend)
+        return Options(timestep, tuple(thresholds), anchors, rule, weights, backend)
 
     def like(self, **components: Any) -> "DiffSegPipeline":
         """A pipeline on the same components but for ``components``, with the same defaults; holds no recording."""
@@ -501,23 +501,33 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         compiled: bool = False,
     ) -> tuple[Tensor, Grid]:
         """A_f [B, N, N] and its grid, from pixels [B, 3, h, w] in [0, 1]."""
-        record = self._record(pixels, timestep, clock, compiled=compiled)
+        layers = None
+        if not isinstance(weights, str):
+            layers = max(layer for layer, share in enumerate(weights) if share > 0) + 1
+        record = self._record(pixels, timestep, clock, layers=layers, compiled=compiled)
+        if layers is not None:
+            weights = weights[: len(record.grids)]
         with clock("aggregate"):
             attention = record.aggregate(weights=weights, backend=backend)
-        return attention, ops.output_grid(record.grids)
+        return attention, record.output_grid
 
     def _record(
-        self, pixels: Tensor, timestep: int, clock: "_StageClock", *, compiled: bool = False
+        self,
+        pixels: Tensor,
+        timestep: int,
+        clock: "_StageClock",
+        *,
+        layers: Union[int, None] = None,  # noqa: UP007
+        compiled: bool = False,
     ) -> AttentionRecord:
-        """What the UNet leaves behind, from pixels [B, 3, h, w] in [0, 1]."""
+        """What the UNet leaves behind in the first ``layers`` layers, from pixels [B, 3, h, w] in [0, 1]."""
         encode, unet = self._compiled if compiled and self._compiled else (self._latents, self.unet)
         with clock("encode"):
             latents = encode(pixels)
         context = self._context(len(pixels), pixels.device).to(latents)
-        with clock("unet"), record_attention(unet) as record:
+        with clock("unet"):
             steps = torch.full((len(pixels),), timestep, device=pixels.device)
-            unet(latents, steps, encoder_hidden_states=context)
-        return record
+            return record_pass(unet, latents, steps, layers=layers, encoder_hidden_states=context)
 
     def _latents(self, pixels: Tensor) -> Tensor:
         """What the UNet reads: the VAE's latents, or the pixels in [-1, 1], in the UNet's dtype."""

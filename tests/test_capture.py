@@ -27,9 +27,11 @@ from diffusers.models.embeddings import IPAdapterPlusImageProjection
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import diffseg
 from diffseg import AttentionRecord, capture, record_attention
+from diffseg.capture import record_pass
 from diffseg.testing import tiny_pipeline, tiny_unet, unet_inputs
 
 ONE_LAYER = {
@@ -269,6 +271,81 @@ def test_nothing_outlives_the_record_and_the_unet(fails: bool) -> None:
     del unet
     gc.collect()
     assert model() is None
+
+
+@contextlib.contextmanager
+def noted(unet: UNet2DConditionModel) -> Iterator[list[str]]:
+    """The modules that run inside; by a hook of no module's own."""
+    names = {id(module): name for name, module in unet.named_modules()}
+    ran: list[str] = []
+    hook = register_module_forward_pre_hook(lambda module, _: ran.append(names.get(id(module), "")))
+    try:
+        yield ran
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize(("layout", "layers"), [("sd1", 1), ("sd1", 3), ("sd1", 7), ("sd2", None), ("sdxl", 4)])
+def test_a_pass_for_the_record_ends_where_it_is_complete(layout: str, layers: int | None) -> None:
+    unet = shared_unet(layout)
+    inputs = unet_inputs(unet, 1, 20, 12)
+    full, output = recorded(unet, inputs)
+    own = dict(unet.attn_processors)
+    with noted(unet) as ran:
+        record = record_pass(unet, layers=layers, **inputs)
+    assert record.names == full.names[:layers]
+    assert record.output_grid == full.output_grid == max(full.grids)
+    for found, expected in zip(record.queries + record.keys, full.queries[:layers] + full.keys[:layers], strict=True):
+        assert torch.equal(found, expected)
+    assert [name for name in ran if name in full.names] == record.names
+    assert f"{record.names[-1]}.to_v" in ran
+    assert f"{record.names[-1]}.to_out.0" not in ran
+    assert "conv_out" not in ran
+    assert_same_processors(unet, own)
+    assert torch.equal(forward(unet, inputs), output)
+
+
+def hook_on(module: Any) -> None:
+    module.register_forward_hook(lambda *_: None)
+
+
+def offload(module: Any) -> None:
+    accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        hook_on,
+        lambda unet: hook_on(unet.up_blocks[-1].resnets[0]),
+        lambda unet: offload(unet.conv_out),
+        lambda unet: unet.compile(backend="eager", fullgraph=True),
+        lambda unet: unet.compile_repeated_blocks(backend="eager", fullgraph=True),
+        lambda unet: torch.compile(unet, backend="eager", fullgraph=True),
+    ],
+    ids=["hook", "hook of a part", "accelerate", "compiled in place", "compiled in part", "compiled"],
+)
+def test_a_pass_for_the_record_runs_to_its_end_where_somebody_may_wait_for_it(alter: Callable[[Any], Any]) -> None:
+    torch.compiler.reset()
+    unet = tiny_unet("sd2", **TWO_LEVELS)
+    inputs = unet_inputs(unet, 1, 8, 8)
+    full, _ = recorded(unet, inputs)
+    altered = alter(unet)
+    record = record_pass(unet if altered is None else altered, layers=2, **inputs)
+    assert record.names == full.names
+    assert len(record.names) > 2
+
+
+def test_a_record_that_ends_early_aggregates_on_the_grid_of_all() -> None:
+    unet = shared_unet("sd1")
+    inputs = unet_inputs(unet, 1, 8, 12)
+    full, _ = recorded(unet, inputs)
+    record = record_pass(unet, layers=4, **inputs)
+    shares = [0.0, 0.0, 2.0, 1.0]
+    assert record.grids[2:] == [(4, 6)] * 2
+    found = record.aggregate(weights=shares)
+    assert found.shape == (1, 96, 96)
+    assert torch.equal(found, full.aggregate(weights=shares + [0.0] * 12))
 
 
 def assert_same_processors(unet: UNet2DConditionModel, own: dict[str, Any]) -> None:

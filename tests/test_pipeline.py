@@ -10,9 +10,10 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models import modeling_utils
 from PIL import Image
 from pipelines import picture, quiet
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import diffseg
-from diffseg import images, testing
+from diffseg import images, ops, testing
 from diffseg.pipeline import DiffSegPipeline
 
 THRESHOLD = 0.01  # the maps of random weights differ little
@@ -77,6 +78,32 @@ def test_from_pipe_warns_of_no_cast(checkpoint, monkeypatch):
     shared = DiffSegPipeline.from_pipe(parent)
     assert warned == []
     assert shared.to(dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+
+
+def test_the_pass_ends_after_the_last_layer_that_has_a_share(pipe):
+    image = picture()
+    record = pipe.record(image)
+    weights = [0.0, 0.0, 1.0, 0.5] + [0.0] * 12
+    expected = record.aggregate(weights=weights)
+    blocks = [pipe.unet.down_blocks[1], pipe.unet.down_blocks[2], pipe.unet.mid_block, pipe.unet.conv_out]
+    ran = []
+    hook = register_module_forward_pre_hook(lambda module, _: ran.append(module))
+    try:
+        attention, grid = pipe.attention(image, weights=weights)
+        assert [block in ran for block in blocks] == [True, False, False, False]
+        ran.clear()
+        labels = pipe(image, weights=weights).labels[0]
+        assert [block in ran for block in blocks] == [True, False, False, False]
+        ran.clear()
+        pipe(image)
+        assert [block in ran for block in blocks] == [True, True, True, False]
+    finally:
+        hook.remove()
+    assert grid == record.output_grid == (16, 16)
+    assert torch.equal(attention, expected)
+    proposals = diffseg.merge(expected, grid=grid, threshold=THRESHOLD)
+    merged = diffseg.label(proposals, labels.shape)
+    assert np.array_equal(labels, ops.renumber(merged, proposals.maps.shape[1])[0].numpy())
 
 
 def test_pickled_weights_only_when_asked_for(checkpoint, tmp_path):
@@ -300,6 +327,8 @@ BAD_CALLS = {
     "no iterations": (picture(), {"iterations": 0}, ValueError, "iterations: expected at least 1, got 0"),
     "rule": (picture(), {"rule": "both"}, ValueError, "rule: expected one of ('paper', 'official'), got 'both'"),
     "weights": (picture(), {"weights": "equal"}, ValueError, "weights: expected one of"),
+    "two weights": (picture(), {"weights": [1.0, 0.5]}, ValueError, "weights: expected 16 items, one a layer, got 2"),
+    "no weight": (picture(), {"weights": [0.0] * 16}, ValueError, "weights: expected no negative share and a positive"),
     "backend": (picture(), {"backend": "numpy"}, ValueError, "backend: expected one of 'auto'"),
     "batch size": (picture(), {"batch_size": 0}, ValueError, "batch_size: expected at least 1, got 0"),
     "output type": (picture(), {"output_type": "latent"}, ValueError, "output_type: expected 'np', 'pt' or 'pil'"),
