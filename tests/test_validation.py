@@ -440,6 +440,11 @@ class TestNonFinite:
         with pytest.raises(ValueError, match="attention: expected finite values, found NaN or infinity"):
             merge(torch.cat(two))()
 
+    def test_attention_of_refine(self, layer: int, value: float) -> None:
+        two = torch.cat(spoiled([attention(), attention()], layer, value))
+        with pytest.raises(ValueError, match=f"attention: expected finite values, found NaN or .* in image {layer}"):
+            refine(two)()
+
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_scores_that_overflow_are_reported(backend: str) -> None:
