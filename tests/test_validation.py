@@ -487,6 +487,15 @@ def test_numbers_of_other_libraries_pass() -> None:
         assert torch.equal(aggregate(grids=grids)(), square)
 
 
+class Table:
+    """As a data frame: of two dimensions, without one dtype, and several lines long."""
+
+    ndim = 2
+
+    def __repr__(self) -> str:
+        return "a b\n1 2"
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [
@@ -494,6 +503,7 @@ def test_numbers_of_other_libraries_pass() -> None:
         ([np.zeros((2, 2))], "list [array([[0., 0.], [0., 0.]])]"),
         (np.float32(2.5), "float32 np.float32(2.5)"),
         ("a  b", "str 'a  b'"),
+        (Table(), "Table a b 1 2"),
     ],
 )
 def test_what_came_is_said_in_one_line(value: Any, said: str) -> None:
