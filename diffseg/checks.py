@@ -182,6 +182,6 @@ def plain(value: Any) -> Any:
 def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}, {value.dtype}"
-    if getattr(value, "ndim", 0):  # an array, whose values would take several lines
+    if getattr(value, "ndim", 0) and hasattr(value, "dtype"):  # an array, whose values would take several lines
         return f"{type(value).__name__} of shape {list(value.shape)}, {value.dtype}"
     return re.sub(r"\s*\n\s*", " ", f"{type(value).__name__} {value!r}")[:100]

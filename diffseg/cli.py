@@ -172,8 +172,10 @@ def _expand(patterns: Sequence[str], output: Path) -> list[Path]:
             found = _without_results(found, output)
             if not found:
                 raise UsageError(f"{path}: expected a folder with images ({', '.join(SUFFIXES)}), found none")
-        elif path.exists() or not glob.has_magic(pattern):
+        elif path.exists():
             found = [path]
+        elif not glob.has_magic(pattern):
+            raise UsageError(f"{path}: no such file")
         else:
             found = sorted(Path(each) for each in glob.glob(pattern, recursive=True))
             found = _without_results(found, output)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from . import backends, ops, reference
+from .checks import describe
 
 _SIDE = 64  # of the grid of A_f
 _CELLS = _SIDE * _SIDE
@@ -86,7 +87,7 @@ class DiffSeg:
     def generate_sampling_grid(self, num_of_points: int) -> NDArray[np.int64]:
         """The (row, column) of each anchor, int64 [num_of_points ** 2, 2]: the widest centred grid of whole steps."""
         if isinstance(num_of_points, bool) or not isinstance(num_of_points, Integral):
-            raise TypeError(f"num_of_points: expected an int, got {_describe(num_of_points)}")
+            raise TypeError(f"num_of_points: expected an int, got {describe(num_of_points)}")
         if not 1 <= num_of_points <= _SIDE:
             raise ValueError(f"num_of_points: expected 1 to {_SIDE}, got {num_of_points}")
         gaps = int(num_of_points) - 1
@@ -160,7 +161,7 @@ class DiffSeg:
         sides = []
         for index, weights in enumerate(layers):
             if weights.ndim != 3 or 0 in weights.shape or weights.shape[2] != tokens:
-                raise ValueError(f"weight_list[{index}]: expected [heads, n, {tokens}], got {_describe(weights)}")
+                raise ValueError(f"weight_list[{index}]: expected [heads, n, {tokens}], got {describe(weights)}")
             sides.append(_side(f"weight_list[{index}]", weights.shape[1], _PIXELS))
         ratios = self._ratios(layers, weight_ratio)
         total = torch.zeros(_PIXELS, _PIXELS, tokens, device=layers[0].device)
@@ -290,7 +291,7 @@ class DiffSeg:
         """Maps [64, 64, 64, 64] as A_f [1, N, N] with rows of sum 1, and the sum that they had."""
         maps = self._tensor("attns", attns)
         if maps.shape != (_SIDE,) * 4:
-            raise ValueError(f"attns: expected [64, 64, 64, 64], got {_describe(maps)}")
+            raise ValueError(f"attns: expected [64, 64, 64, 64], got {describe(maps)}")
         attention = maps.reshape(1, _CELLS, _CELLS).float()
         scale = float(attention[0, 0].sum())
         if not (math.isfinite(scale) and scale > 0):
@@ -318,7 +319,7 @@ class DiffSeg:
     def _merge_list(self, attns: Any, threshold: float) -> NDArray[np.float64]:
         maps = self._tensor("attns", attns)
         if maps.ndim not in (3, 4) or maps.shape[-2:] != (_SIDE, _SIDE) or maps.numel() != len(maps) * _CELLS:
-            raise ValueError(f"attns: expected a list of maps [P, 64, 64] or [P, 1, 64, 64], got {_describe(maps)}")
+            raise ValueError(f"attns: expected a list of maps [P, 64, 64] or [P, 1, 64, 64], got {describe(maps)}")
         if not bool(torch.isfinite(maps).all()):
             raise ValueError("attns: expected finite values, found NaN or infinity")
         maps = maps.reshape(len(maps), _CELLS).double()
@@ -360,7 +361,7 @@ def _strongest_noun(attention: NDArray[np.float64], mask_of: NDArray[np.intp]) -
 def _token_indices(nouns: Sequence[tuple[int, str]], tokens: int) -> list[int]:
     for noun in nouns:
         if not isinstance(noun, Sequence) or len(noun) != 2 or not isinstance(noun[0], Integral):
-            raise TypeError(f"nouns: expected (index, word), got {_describe(noun)}")
+            raise TypeError(f"nouns: expected (index, word), got {describe(noun)}")
         if not 0 <= noun[0] < tokens - 1:
             raise ValueError(f"nouns: expected indices from 0 to {tokens - 2}, got {noun[0]} for {noun[1]!r}")
     return [int(index) + 1 for index, _ in nouns]
@@ -370,7 +371,7 @@ def _flat_indices(grid: Any) -> list[int]:
     """Flat indices of anchors [A, 2]."""
     points = np.asarray(grid)
     if points.ndim != 2 or points.shape[1] != 2 or not len(points) or points.dtype.kind not in "iu":
-        raise ValueError(f"grid: expected ints [A, 2], (row, column), got {_describe(points)}")
+        raise ValueError(f"grid: expected ints [A, 2], (row, column), got {describe(points)}")
     if points.min() < 0 or points.max() >= _SIDE:
         raise ValueError(f"grid: expected rows and columns from 0 to {_SIDE - 1}, got {points.min()} to {points.max()}")
     flat: list[int] = (points[:, 0].astype(np.int64) * _SIDE + points[:, 1]).tolist()
@@ -391,15 +392,15 @@ def _numbers(name: str, values: Any) -> NDArray[np.float64]:
     try:
         numbers = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected numbers, got {_describe(values)}") from None
+        raise TypeError(f"{name}: expected numbers, got {describe(values)}") from None
     if not np.isfinite(numbers).all():
-        raise ValueError(f"{name}: expected finite numbers, got {_describe(values)}")
+        raise ValueError(f"{name}: expected finite numbers, got {describe(values)}")
     return numbers
 
 
 def _check_list(name: str, values: Any) -> None:
     if not isinstance(values, (list, tuple)):
-        raise TypeError(f"{name}: expected a list of arrays, got {_describe(values)}")
+        raise TypeError(f"{name}: expected a list of arrays, got {describe(values)}")
     if not values:
         raise ValueError(f"{name}: expected at least one array, got none")
 
@@ -411,13 +412,13 @@ def _images(name: str, weights: Any, side: int) -> list[Tensor]:
     else:
         batch = _float_tensor(name, weights)
         if batch.ndim != 4:
-            raise ValueError(f"{name}: expected [batch, heads, {side**2}, {side**2}], got {_describe(batch)}")
+            raise ValueError(f"{name}: expected [batch, heads, {side**2}, {side**2}], got {describe(batch)}")
         images = list(batch)
     if not images:
         raise ValueError(f"{name}: expected at least one image, got none")
     for index, image in enumerate(images):
         if image.ndim != 3 or not len(image) or image.shape[1:] != (side**2, side**2):
-            raise ValueError(f"{name}[{index}]: expected [heads, {side**2}, {side**2}], got {_describe(image)}")
+            raise ValueError(f"{name}[{index}]: expected [heads, {side**2}, {side**2}], got {describe(image)}")
     return images
 
 
@@ -425,7 +426,7 @@ def _self_attention(name: str, weights: Any) -> Tensor:
     """Maps [heads, n, n] whose grid's side divides 64."""
     maps = _float_tensor(name, weights)
     if maps.ndim != 3 or 0 in maps.shape or maps.shape[1] != maps.shape[2]:
-        raise ValueError(f"{name}: expected [heads, n, n], got {_describe(maps)}")
+        raise ValueError(f"{name}: expected [heads, n, n], got {describe(maps)}")
     _side(name, maps.shape[1], _SIDE)
     return maps
 
@@ -452,7 +453,7 @@ def _to_tensor(name: str, array: Any) -> Tensor:
         tensor: Tensor = from_dlpack(array)
         return tensor
     if not hasattr(array, "__array__"):
-        raise TypeError(f"{name}: expected an array, got {_describe(array)}")
+        raise TypeError(f"{name}: expected an array, got {describe(array)}")
     numpy = np.asarray(array)
     if not numpy.dtype.isnative or min(numpy.strides, default=0) < 0:
         numpy = numpy.astype(numpy.dtype.newbyteorder("="), order="C")
@@ -461,16 +462,10 @@ def _to_tensor(name: str, array: Any) -> Tensor:
         try:
             return torch.from_numpy(numpy)
         except TypeError as error:
-            raise TypeError(f"{name}: expected an array of numbers that torch knows, got {_describe(array)}") from error
+            raise TypeError(f"{name}: expected an array of numbers that torch knows, got {describe(array)}") from error
 
 
 def _to_numpy(tensor: Tensor) -> NDArray[Any]:
     """``tensor`` as a contiguous array, bfloat16, which NumPy lacks, as float32."""
     array: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().cpu().numpy()
     return array
-
-
-def _describe(value: Any) -> str:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"an array of shape {list(value.shape)}, {value.dtype}"
-    return f"{type(value).__name__} {value!r}"[:100]

@@ -107,7 +107,6 @@ def run(options: argparse.Namespace) -> int:
         "clusters": clusters,
         "seed": options.seed,
     }
-    runs.on_main(state, lambda: runs.claim(options.output, described))
 
     def predict(sample: Sample) -> dict[str, Labels]:
         return predictions(pipe, sample, settings, methods, clusters=clusters, seed=options.seed)
@@ -118,17 +117,18 @@ def run(options: argparse.Namespace) -> int:
         running.add([metrics.from_entries(each) for each in result[methods[0]]])
         return shortly(running)
 
-    results = runs.process_dataset(
-        state, dataset, options.output, lambda sample: tables(predict(sample), sample.truths), watch
-    )
-    if state.is_main_process:
-        figures = {method: summarise(dataset, results.values(), method) for method in methods}
-        titles = {method: TITLES[method].format(clusters=clusters) for method in methods}
-        _write_results(options.output, dataset, described, titles, figures)
-        picture = options.output / "sheet.png"
-        _sheet(dataset, results, methods[0], predict).save(picture)
-        print("\n".join(table({titles[method]: figures[method] for method in methods})))
-        print(f"{len(dataset)} images; {options.output / 'results.json'}, {picture}")
+    with runs.claimed(state, options.output, described):
+        results = runs.process_dataset(
+            state, dataset, options.output, lambda sample: tables(predict(sample), sample.truths), watch
+        )
+        if state.is_main_process:
+            figures = {method: summarise(dataset, results.values(), method) for method in methods}
+            titles = {method: TITLES[method].format(clusters=clusters) for method in methods}
+            _write_results(options.output, dataset, described, titles, figures)
+            picture = options.output / "sheet.png"
+            _sheet(dataset, results, methods[0], predict).save(picture)
+            print("\n".join(table({titles[method]: figures[method] for method in methods})))
+            print(f"{len(dataset)} images; {options.output / 'results.json'}, {picture}")
     state.destroy_process_group()
     return 0
 

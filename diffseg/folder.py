@@ -13,6 +13,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -93,64 +94,84 @@ def segment_files(
     Returns:
         How each job ended, in order, and the seconds of each stage (empty unless ``options`` ask for them).
     """
+    if options.get("semantic"):  # a batch's names share their numbers
+        batch_size = 1
+    pipes = _replicas(pipe, _passes_at_a_time(pipe, len(jobs), batch_size, options))
+    idle: SimpleQueue[Any] = SimpleQueue()
+    for each in pipes:
+        idle.put(each)
     shapes: Counter[Any] = Counter()
-    outcomes: dict[int, Outcome] = {}
-    seconds: Counter[str] = Counter()
-    running: deque[Future[_Pass]] = deque()
-    writing: deque[tuple[int, int, Future[None]]] = deque()
+    with _pools(len(pipes)) as (readers, networks, writers):
+        work = _Work(jobs, writers, 2 * batch_size, done)
+        read = _in_order(readers, lambda job: images.to_tensor(job.source), jobs, ahead=2 * batch_size)
+        items = _items(pipe, read, options.get("processing_resolution"), work.end)
+        for batch in _batches(items, batch_size):
+            _record_frequent(pipe, batch, options, shapes)
+            work.passes.append(networks.submit(_pass, idle, batch, options))
+            work.finish_passes(left=len(pipes))
+        work.finish_passes(left=0)
+        work.finish_writes(left=0)
+    return [work.outcomes[number] for number in range(len(jobs))], dict(work.seconds)
 
-    def end(number: int, outcome: Outcome) -> None:
-        outcomes[number] = outcome
-        done(jobs[number], outcome)
 
-    def finish_passes(left: int) -> None:
-        while len(running) > left:
-            results, timings = running.popleft().result()
-            seconds.update(timings)
+class _Work:
+    """What is under way after decoding, in order, and how the jobs ended; one thread calls it."""
+
+    def __init__(
+        self, jobs: Sequence[Job], writers: ThreadPoolExecutor, most_writes: int, done: Callable[[Job, Outcome], None]
+    ) -> None:
+        self.outcomes: dict[int, Outcome] = {}
+        self.seconds: Counter[str] = Counter()
+        self.passes: deque[Future[_Pass]] = deque()
+        self._writes: deque[tuple[int, int, Future[None]]] = deque()  # number, segments
+        self._jobs, self._writers, self._most_writes, self._done = jobs, writers, most_writes, done
+
+    def end(self, number: int, outcome: Outcome) -> None:
+        self.outcomes[number] = outcome
+        self._done(self._jobs[number], outcome)
+
+    def finish_passes(self, left: int) -> None:
+        """Waits until no more than ``left`` passes are under way, and begins to write what they found."""
+        while len(self.passes) > left:
+            results, timings = self.passes.popleft().result()
+            self.seconds.update(timings)
             for result in results:
                 number = result.item.number
                 if result.error is not None:
-                    end(number, Outcome(error=result.error))
+                    self.end(number, Outcome(error=result.error))
                 else:
-                    write = writers.submit(_write, jobs[number], result)
-                    writing.append((number, int(result.labels.max()) + 1, write))
-            finish_writes(left=2 * batch_size)
+                    write = self._writers.submit(_write, self._jobs[number], result)
+                    self._writes.append((number, int(result.labels.max()) + 1, write))
+            self.finish_writes(self._most_writes)
 
-    def finish_writes(left: int) -> None:
-        while len(writing) > left:
-            number, segments, future = writing.popleft()
+    def finish_writes(self, left: int) -> None:
+        while len(self._writes) > left:
+            number, segments, future = self._writes.popleft()
             error = future.exception()
             if error is not None and not isinstance(error, _FAILURES):
                 raise error
-            end(number, Outcome(segments, error))
+            self.end(number, Outcome(segments, error))
 
+
+def _passes_at_a_time(pipe: Any, jobs: int, batch_size: int, options: dict[str, Any]) -> int:
+    """Two on a CPU, but where they would share one thread or one batch, or each load a captioner."""
+    alone = torch.get_num_threads() == 1 or jobs <= batch_size or options.get("semantic")
+    return 1 if alone or pipe.device.type != "cpu" else 2
+
+
+@contextmanager
+def _pools(passes: int) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor, ThreadPoolExecutor]]:
+    """A thread that reads, threads for ``passes`` at a time, which share torch's, and a thread that writes."""
     threads = torch.get_num_threads()
-    if options.get("semantic"):  # a batch's names share their numbers
-        batch_size = 1
-    alone = threads == 1 or len(jobs) <= batch_size or options.get("semantic")  # which may load a captioner
-    pipes = _replicas(pipe, 1 if alone or pipe.device.type != "cpu" else 2)
+
+    def pool(workers: int, torch_threads: int) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(torch_threads,))
+
     try:
-        with (
-            ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as readers,
-            ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as writers,
-            ThreadPoolExecutor(
-                len(pipes), initializer=torch.set_num_threads, initargs=(threads // len(pipes),)
-            ) as networks,
-        ):
-            idle: SimpleQueue[Any] = SimpleQueue()
-            for each in pipes:
-                idle.put(each)
-            read = _in_order(readers, lambda job: images.to_tensor(job.source), jobs, ahead=2 * batch_size)
-            items = _items(pipe, read, options.get("processing_resolution"), end)
-            for batch in _batches(items, batch_size):
-                _record_frequent(pipe, batch, options, shapes)
-                running.append(networks.submit(_pass, idle, batch, options))
-                finish_passes(left=len(pipes))
-            finish_passes(left=0)
-            finish_writes(left=0)
+        with pool(1, 1) as readers, pool(1, 1) as writers, pool(passes, threads // passes) as networks:
+            yield readers, networks, writers
     finally:
         torch.set_num_threads(threads)  # also for threads to come
-    return [outcomes[number] for number in range(len(jobs))], dict(seconds)
 
 
 def _replicas(pipe: Any, number: int) -> list[Any]:

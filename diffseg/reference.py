@@ -257,6 +257,8 @@ def refine(attention: Tensor, maps: Tensor, counts: Tensor, max_iterations: int)
     for item in range(len(maps)):
         points = attention[item].to(compute)
         offset = points.mean(0)  # distances do not change, and their rounding error falls
+        if offset.device.type == "cpu" and not bool(offset.isfinite().all()):
+            raise ValueError(f"attention: expected finite values, found NaN or infinity in image {item}")
         points = points - offset
         centres = maps[item, : int(counts[item])] - offset
         labels = _nearest(points, centres)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,10 +19,14 @@ from typing import Any, TypeVar
 from .datasets import Dataset, DatasetError, Sample
 from .loading import UsageError, check_output
 
+if sys.platform != "win32":
+    import fcntl
+
 Result = dict[str, Any]
 T = TypeVar("T")
 
 _SETTINGS = "settings.json"
+_LOCK = ".lock"
 _LONGEST_WAIT = timedelta(days=30)  # of a process for the slowest
 
 
@@ -56,6 +62,47 @@ def on_main(state: Any, plan: Callable[[], T]) -> T:
     return planned
 
 
+@contextmanager
+def claimed(state: Any, folder: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Within it ``folder`` is the place of results under ``settings``, and no other run's."""
+    with ExitStack() as held:
+        on_main(state, lambda: held.enter_context(_alone_in(folder)))
+        on_main(state, lambda: claim(folder, settings))
+        yield
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of ``folder``, which is made; UsageError where one is in it.
+
+    The system gives the lock back when the process ends, however it ends. The file stays: of two runs that wait, one
+    could lock a file that is removed, the other its successor.
+    """
+    _make(folder)
+    with (folder / _LOCK).open("a+") as file:
+        if not _lock(file.fileno()):
+            file.seek(0)
+            raise UsageError(
+                f"{folder}: another run writes into it ({file.read()}): wait for it, or give another --output"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def _lock(file: int) -> bool:
+    """Whether nobody else has locked ``file``; True also where files cannot be locked."""
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # some network file systems
+            pass
+    return True
+
+
 def claim(folder: Path, settings: dict[str, Any]) -> None:
     """Makes ``folder`` the place of results under ``settings``, or checks that it is."""
     path = folder / _SETTINGS
@@ -76,10 +123,17 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
                 "--output"
             )
         return
+    _make(folder)
+    try:
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        raise UsageError(f"--output: {error}") from error
+
+
+def _make(folder: Path) -> None:
     check_output("--output", folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise UsageError(f"--output: {error}") from error
 

@@ -80,7 +80,6 @@ def run(options: argparse.Namespace) -> int:
         "points": [point.key for point in points],
         "heads": options.heads,
     }
-    runs.on_main(state, lambda: runs.claim(options.output, described))
 
     def work(sample: Sample) -> runs.Result:
         result: runs.Result = {"tables": _tables(pipe, sample, points)} if points else {}
@@ -94,12 +93,13 @@ def run(options: argparse.Namespace) -> int:
         running.add([metrics.from_entries(each) for each in result["tables"][points[0].key]])
         return f"{points[0].key}: " + evaluate.shortly(running)
 
-    results = list(runs.process_dataset(state, dataset, options.output, work, watch).values())
-    if state.is_main_process:
-        if points:
-            _write_sweeps(options.output, dataset, base, points, results)
-        if options.heads:
-            _write_heads(options.output, results)
+    with runs.claimed(state, options.output, described):
+        results = list(runs.process_dataset(state, dataset, options.output, work, watch).values())
+        if state.is_main_process:
+            if points:
+                _write_sweeps(options.output, dataset, base, points, results)
+            if options.heads:
+                _write_heads(options.output, results)
     state.destroy_process_group()
     return 0
 

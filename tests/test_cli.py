@@ -125,14 +125,11 @@ def test_names_asked_for_after_a_plain_run(folder, capsys):
 
 def test_an_unreadable_image_does_not_stop_the_others(folder, capsys):
     (folder / "in" / "scene1.png").write_text("no image")
-    assert cli.main(["segment", "in", "in/missing.png"]) == 1
+    assert cli.main(["segment", "in"]) == 1
     captured = capsys.readouterr()
-    said = [line for line in captured.err.splitlines() if "scene1.png" in line or "missing.png" in line]
-    assert sorted(said) == [
-        "[Errno 2] No such file or directory: 'in/missing.png'",
-        "in/scene1.png: expected a readable image, got a file of no known image format",
-    ]
-    assert "2 of 4 images failed" in captured.err
+    said = [line for line in captured.err.splitlines() if "scene1.png" in line]
+    assert said == ["in/scene1.png: expected a readable image, got a file of no known image format"]
+    assert "1 of 3 images failed" in captured.err
     assert outputs(folder) == [f"scene{i}_{kind}.png" for i in (0, 2) for kind in ("labels", "overlay")]
 
 
@@ -163,6 +160,7 @@ def test_time_prints_stages(folder, capsys):
     ("arguments", "message"),
     [
         (["nothing/*.png"], "nothing/*.png: no file matches"),
+        (["in/scene0.png", "in/missing.png", "in"], "diffseg: in/missing.png: no such file"),
         (["empty"], "empty: expected a folder with images"),
         (["in/scene0.png", "twin/scene0.png"], "would both write scene0_labels.png"),
         (["in", "-o", "in/scene0.png"], "--output: expected a folder, in/scene0.png is a file"),

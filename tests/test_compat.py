@@ -427,7 +427,7 @@ NOUN = [(0, "cat")]
 @pytest.mark.parametrize(
     ("message", "method", "arguments"),
     [
-        (r"weight_list: expected a list of arrays, got an array of shape", "aggregate_weights", [ones(1, 4, 4)]),
+        (r"weight_list: expected a list of arrays, got ndarray of shape", "aggregate_weights", [ones(1, 4, 4)]),
         (r"weight_list\[1\]: expected \[heads, n, n\], got", "aggregate_weights", [[ones(1, 4, 4), ones(4, 4)]]),
         (r"weight_list\[0\]: .* divisor of 64, got n = 576", "aggregate_weights", [[ones(1, 576, 576)]]),
         (r"weight_list\[0\]: expected n = side \*\* 2, .*, got n = 5", "aggregate_weights", [[ones(1, 5, 5)]]),

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import diffseg
-from diffseg import backends, cli, datasets, evaluate, metrics, study
+from diffseg import backends, cli, datasets, evaluate, metrics, runs, study
 from diffseg.methods import TITLES, Settings
 from diffseg.tiny.scenes import REPORT_SEEDS, scene
 
@@ -241,6 +241,14 @@ def test_a_label_outside_the_map_stops_and_keeps_the_rest(scenes, tmp_path, caps
     assert run(root, tmp_path / "out", "--classes", "8") == 2
     assert "scene1.png: expected labels of the 8 classes, got 9 (finished images are kept)" in capsys.readouterr().err
     assert lines(tmp_path / "out") == ["scene0"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "study"])
+def test_a_folder_that_another_run_writes_into(scenes, tmp_path, capsys, command):
+    with runs.claimed(runs.processes("cpu"), tmp_path, {}):
+        assert cli.main([command, "folder", str(scenes), "-o", str(tmp_path), *QUICK]) == 2
+    assert f"{tmp_path}: another run writes into it (process " in capsys.readouterr().err
+    assert lines(tmp_path) == []
 
 
 def test_a_folder_that_is_not_ours(scenes, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Runs that are killed and continued, and runs of two processes."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -26,13 +28,13 @@ try:
 except runs.UsageError as error:
     (root / f"error-{state.process_index}").write_text(str(error))
 dataset = runs.on_main(state, lambda: datasets.open_dataset("folder", root))
-runs.on_main(state, lambda: runs.claim(folder, {"one": 1}))
 
 def work(sample):
     time.sleep(pause)
     return {"sum": int(sample.image.sum())}
 
-runs.process_dataset(state, dataset, folder, work, lambda result: "")
+with runs.claimed(state, folder, {"one": 1}):
+    runs.process_dataset(state, dataset, folder, work, lambda result: "")
 state.destroy_process_group()
 """
 
@@ -59,8 +61,9 @@ def work(sample):
 
 
 def go(dataset, folder, work=work, watch=lambda result: ""):
-    runs.claim(folder, {"one": 1})
-    return runs.process_dataset(runs.processes("cpu"), dataset, folder, work, watch)
+    state = runs.processes("cpu")
+    with runs.claimed(state, folder, {"one": 1}):
+        return runs.process_dataset(state, dataset, folder, work, watch)
 
 
 def names(folder):
@@ -83,6 +86,8 @@ def test_a_killed_run_loses_no_finished_image(root, dataset, tmp_path):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (file.exists() and file.read_bytes().count(b"\n") >= 3):
         time.sleep(0.01)
+    with pytest.raises(runs.UsageError, match=rf"another run writes into it \(process {process.pid} on .*\): wait"):
+        go(dataset, tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = names(tmp_path)
@@ -150,6 +155,34 @@ def test_settings_claim_a_folder(tmp_path):
         runs.UsageError, match=r'new holds results of other settings: a was 1, is 2; c was null, is "d"'
     ):
         runs.claim(tmp_path / "new", {"a": 2, "b": ["x", 2.5], "c": "d"})
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    state = runs.processes("cpu")
+
+    def claimed(folder):
+        return runs.claimed(state, folder, {"a": 1})
+
+    def interrupted():
+        with claimed(tmp_path / "one"), claimed(tmp_path / "other"):
+            for _ in range(2):
+                with pytest.raises(runs.UsageError, match=f"one: another run writes .* {os.getpid()} on "):
+                    claimed(tmp_path / "one").__enter__()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
+    with claimed(tmp_path / "one"):
+        assert [path.name for path in sorted((tmp_path / "one").iterdir())] == [".lock", "settings.json"]
+
+
+def test_where_files_cannot_be_locked_runs_go_on(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.fcntl, "flock", refuse)
+    with runs.claimed(runs.processes("cpu"), tmp_path, {"a": 1}):
+        assert (tmp_path / "settings.json").exists()
 
 
 def test_an_output_folder_that_cannot_be_made(tmp_path):

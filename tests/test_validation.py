@@ -442,6 +442,11 @@ class TestNonFinite:
         with pytest.raises(ValueError, match="attention: expected finite values, found NaN or infinity"):
             merge(torch.cat(two))()
 
+    def test_attention_of_refine(self, layer: int, value: float) -> None:
+        two = torch.cat(spoiled([attention(), attention()], layer, value))
+        with pytest.raises(ValueError, match=f"attention: expected finite values, found NaN or .* in image {layer}"):
+            refine(two)()
+
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_scores_that_overflow_are_reported(backend: str) -> None:
@@ -484,6 +489,15 @@ def test_numbers_of_other_libraries_pass() -> None:
         assert torch.equal(aggregate(grids=grids)(), square)
 
 
+class Table:
+    """As a data frame: of two dimensions, without one dtype, and several lines long."""
+
+    ndim = 2
+
+    def __repr__(self) -> str:
+        return "a b\n1 2"
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [
@@ -491,6 +505,7 @@ def test_numbers_of_other_libraries_pass() -> None:
         ([np.zeros((2, 2))], "list [array([[0., 0.], [0., 0.]])]"),
         (np.float32(2.5), "float32 np.float32(2.5)"),
         ("a  b", "str 'a  b'"),
+        (Table(), "Table a b 1 2"),
     ],
 )
 def test_what_came_is_said_in_one_line(value: Any, said: str) -> None:

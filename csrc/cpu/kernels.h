@@ -46,6 +46,9 @@ struct Words {
 
 constexpr int64_t kFinite = -1;
 
+// Probabilities and divisors are clamped from below to this, as in the reference, so that zeros stay finite.
+constexpr float kSmallestProbability = 1e-30f;
+
 struct Kernels {
     // out [batch, N, N] over `grid`. Layers are sorted by grid, and none exceeds it. Returns kFinite, or the first layer
     // of the list whose attention has NaN or infinity.

@@ -29,7 +29,6 @@
 namespace diffseg::DIFFSEG_ISA {
 namespace {
 
-constexpr float kSmallestProbability = 1e-30f;
 constexpr float kMargin = 1e-4f;         // of rounding, on D
 constexpr float kSquareMargin = 2e-6f;   // of rounding, on a block's sum of squares, relative
 constexpr int64_t kChunk = 256;          // columns

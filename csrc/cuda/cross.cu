@@ -39,7 +39,6 @@ constexpr int kGranules = kChunk / 16;
 constexpr int kPitch = kChunk + 16;  // an odd multiple of 16 bytes: the eight rows of a matrix lie in different banks
 constexpr int kStageBytes = (kRows + kTokens) * kPitch;
 constexpr int kMostLayers = 32;
-constexpr float kSmallest = 1e-30f;
 
 struct Entry {  // a layer; strides and depth count 16 bytes
     const uint4 *queries, *keys;
@@ -345,7 +344,7 @@ __global__ void __launch_bounds__(kThreads)
     float square = 0;
     for (int part = threadIdx.x; part < parts; part += kThreads) square += squares[plane * parts + part];
     const float norm = sqrtf(block_sum<kWarps>(square, reinterpret_cast<float*>(shared_memory())));
-    const float factor = 1.0f / (norm < kSmallest ? kSmallest : norm);  // NaN stays NaN
+    const float factor = 1.0f / (norm < kSmallestProbability ? kSmallestProbability : norm);  // NaN stays NaN
 #pragma unroll
     for (int i = 0; i < kPixels; ++i) {
         const int pixel = blockIdx.x * kPiece + i * kThreads + threadIdx.x;

@@ -62,6 +62,9 @@ struct MergeOptions {
 
 constexpr int kMostAnchors = 1024;
 
+// Probabilities and divisors are clamped from below to this, as in the reference, so that zeros stay finite.
+constexpr float kSmallestProbability = 1e-30f;
+
 struct Stream {
     uintptr_t handle;
 };

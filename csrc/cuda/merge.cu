@@ -21,7 +21,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr float kScale = 4096.0f;  // of p', so that its low term is in float16's range
-constexpr float kSmallest = 1e-30f;
 constexpr int kPlanes = 4;
 enum Plane { kHigh, kLow, kLogHigh, kLogLow };
 
@@ -68,8 +67,8 @@ DIFFSEG_DEVICE float entropy_of(float p_high, float p_low, float log_high, float
 }
 
 DIFFSEG_DEVICE TermPair terms_of(float first, float second, float cells, bool first_inside, bool second_inside) {
-    first = first < kSmallest ? kSmallest : first;  // NaN stays NaN
-    second = second < kSmallest ? kSmallest : second;
+    first = first < kSmallestProbability ? kSmallestProbability : first;  // NaN stays NaN
+    second = second < kSmallestProbability ? kSmallestProbability : second;
     const Split p = split_float16(first_inside ? first * kScale : 0.0f, second_inside ? second * kScale : 0.0f);
     const Split log = split_float16(first_inside ? logf(first * cells) : 0.0f, second_inside ? logf(second * cells) : 0.0f);
     const auto low = [](uint32_t pair) { return unpack_float16(static_cast<uint16_t>(pair)); };

@@ -145,7 +145,7 @@ def _near(maps: Tensor, anchors: Sequence[int], threshold: float) -> tuple[Tenso
 
 def divergences(first: Tensor, second: Tensor) -> Tensor:
     """D: [P, N], [F, N] -> [P, F]."""
-    first, second = first.clamp_min(1e-30), second.clamp_min(1e-30)
+    first, second = (maps.clamp_min(reference.SMALLEST_PROBABILITY) for maps in (first, second))
     log_first, log_second = first.log(), second.log()
     entropies = (first * log_first).sum(-1)[:, None] + (second * log_second).sum(-1)
     return (entropies - first @ log_second.mT - log_first @ second.mT) / 2

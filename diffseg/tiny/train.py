@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,8 @@ RECIPE = (
     "initial",
     "sharpen",
 )
+
+_PARTS = ("unet", "ema", "optimizer", "schedule")  # of Training, that a checkpoint holds
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -95,81 +98,107 @@ def draw_timesteps(batch_size: int, usual: tuple[int, int], uniform: bool, rng: 
     return torch.from_numpy(np.where(rng.random(batch_size) < 0.8, drawn, rng.integers(0, 1000, batch_size)))
 
 
-def train(arguments: argparse.Namespace) -> None:
-    output = Path(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
-    checkpoint_path = output / "checkpoint.pt"
-    device = torch.device(arguments.device)
+class Training:
+    """The network, its running average and its optimizer, as far as they have come."""
 
-    torch.manual_seed(arguments.seed)
-    unet = load_initial(arguments) if arguments.initial else build_unet()
-    unet = unet.to(device).train()
-    forward = torch.compile(unet) if arguments.compile else unet
-    scheduler = build_scheduler()
-    ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 100, arguments.steps)
-    settings = {name: getattr(arguments, name) for name in RECIPE}
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.device = torch.device(arguments.device)
+        torch.manual_seed(arguments.seed)
+        unet = load_initial(arguments) if arguments.initial else build_unet()
+        self.unet = unet.to(self.device).train()
+        self.ema = EMAModel(self.unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, 100, arguments.steps)
+        self.settings = {name: getattr(arguments, name) for name in RECIPE}
+        self.step = 0
+        self.loss: float | None = None  # a running mean
 
-    start, seen_loss = 0, None
-    if checkpoint_path.exists():
-        state = torch.load(checkpoint_path, map_location=device, weights_only=True)
-        if state["settings"] != settings:
+    def load(self, path: Path) -> None:
+        """Goes on from a checkpoint; SystemExit where it is of other settings."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["settings"] != self.settings:
             raise SystemExit(
-                f"{checkpoint_path} was made with {state['settings']}, this run asks for {settings}: "
+                f"{path} was made with {state['settings']}, this run asks for {self.settings}: "
                 "give the same options to go on, or another --output to start anew"
             )
-        unet.load_state_dict(state["unet"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        start, seen_loss = state["step"], state["loss"]
+        for name in _PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.step, self.loss = state["step"], state["loss"]
 
-    def save(step: int) -> None:
-        state = {
-            "settings": settings,
-            "step": step,
-            "loss": seen_loss,
-            "unet": unet.state_dict(),
-            "ema": ema.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-        }
-        temporary = checkpoint_path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, checkpoint_path)
+    def save(self, path: Path) -> None:
+        """The file is whole at any time."""
+        state = {"settings": self.settings, "step": self.step, "loss": self.loss}
+        temporary = path.with_suffix(".tmp")
+        torch.save({**state, **{name: getattr(self, name).state_dict() for name in _PARTS}}, temporary)
+        os.replace(temporary, path)
 
+    def descend(self, loss: torch.Tensor) -> None:
+        """One step down the gradient of ``loss``."""
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.unet.parameters())
+        self.loss = loss.item() if self.loss is None else 0.98 * self.loss + 0.02 * loss.item()
+        self.step += 1
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Trains, from the last checkpoint where there is one, and writes the model."""
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint = output / "checkpoint.pt"
+    training = Training(arguments)
+    if checkpoint.exists():
+        training.load(checkpoint)
     last = min(arguments.steps, arguments.stop or arguments.steps)
-    if start < last:
-        seeds = TRAIN_SEEDS[: arguments.scenes]
-        seeds = tqdm(seeds, desc="generating scenes", unit="scene")
-        scenes = np.stack([scene(seed, rich=arguments.rich and seed % 2 == 1)[0] for seed in seeds])
-        progress = tqdm(range(start, last), desc="training", initial=start, total=last)
-        for step in progress:
-            rng = np.random.default_rng((arguments.seed, step))
-            images = draw_batch(scenes, arguments.batch_size, arguments.crop, rng).to(device)
-            timesteps = draw_timesteps(arguments.batch_size, arguments.timesteps, arguments.uniform, rng).to(device)
-            noise = torch.from_numpy(rng.standard_normal(images.shape, np.float32)).to(device)
-            noisy = scheduler.add_noise(images, noise, timesteps)
-            context = torch.zeros(arguments.batch_size, 1, unet.config.cross_attention_dim, device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
-                predicted = forward(noisy, timesteps, context).sample
-            loss = F.mse_loss(predicted.float(), noise)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            ema.step(unet.parameters())
-            seen_loss = loss.item() if seen_loss is None else 0.98 * seen_loss + 0.02 * loss.item()
-            progress.set_postfix(loss=f"{seen_loss:.4f}")
-            if (step + 1) % arguments.checkpoint_every == 0 or step + 1 == last:
-                save(step + 1)
-
-    ema.copy_to(unet.parameters())
+    if training.step < last:
+        run_steps(training, arguments, last, checkpoint)
+    unet = training.unet
+    training.ema.copy_to(unet.parameters())
     if arguments.keep:
         keep(unet, load_initial(arguments), arguments.keep)
     export(unet, output / "model")
+
+
+def run_steps(training: Training, arguments: argparse.Namespace, last: int, checkpoint: Path) -> None:
+    """Trains up to step ``last``; the batch of each step follows from the seed and its number."""
+    forward = torch.compile(training.unet) if arguments.compile else training.unet
+    scheduler = build_scheduler()
+    scenes = generate_scenes(arguments)
+    progress = tqdm(range(training.step, last), desc="training", initial=training.step, total=last)
+    for step in progress:
+        rng = np.random.default_rng((arguments.seed, step))
+        training.descend(noise_loss(forward, scheduler, scenes, arguments, rng))
+        progress.set_postfix(loss=f"{training.loss:.4f}")
+        if training.step % arguments.checkpoint_every == 0 or training.step == last:
+            training.save(checkpoint)
+
+
+def generate_scenes(arguments: argparse.Namespace) -> NDArray[np.uint8]:
+    """[scenes, SCENE, SCENE, 3]; with ``--rich``, those of odd seeds are rich ones."""
+    seeds = tqdm(TRAIN_SEEDS[: arguments.scenes], desc="generating scenes", unit="scene")
+    return np.stack([scene(seed, rich=arguments.rich and seed % 2 == 1)[0] for seed in seeds])
+
+
+def noise_loss(
+    forward: Any,
+    scheduler: DDPMScheduler,
+    scenes: NDArray[np.uint8],
+    arguments: argparse.Namespace,
+    rng: np.random.Generator,
+) -> torch.Tensor:
+    """The mean square by which the network misses the noise in a batch that ``rng`` draws."""
+    device = torch.device(arguments.device)
+    images = draw_batch(scenes, arguments.batch_size, arguments.crop, rng).to(device)
+    timesteps = draw_timesteps(arguments.batch_size, arguments.timesteps, arguments.uniform, rng).to(device)
+    noise = torch.from_numpy(rng.standard_normal(images.shape, np.float32)).to(device)
+    noisy = scheduler.add_noise(images, noise, timesteps)
+    context = torch.zeros(arguments.batch_size, 1, forward.config.cross_attention_dim, device=device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
+        predicted = forward(noisy, timesteps, context).sample
+    return F.mse_loss(predicted.float(), noise)
 
 
 def load_initial(arguments: argparse.Namespace) -> UNet2DConditionModel:
