@@ -218,6 +218,9 @@ def refine(attention: Tensor, proposals: Proposals, *, max_iterations: int = 300
 
     Returns:
         :class:`Proposals` whose maps are the cluster means.
+
+    Raises:
+        ValueError, TypeError: on bad input; ValueError on a CPU if the attention is not finite.
     """
     attention = check_attention(attention)
     _check_proposals(proposals)

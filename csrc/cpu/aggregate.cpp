@@ -28,7 +28,6 @@
 namespace diffseg::DIFFSEG_ISA {
 namespace {
 
-constexpr float kSmallest = 1e-30f;
 constexpr float kHeadroom = 60.0f;  // how far, in powers of two, scores may exceed their reference
 constexpr int64_t kBlockBytes = 768 << 10;
 constexpr int64_t kMostRows = 96;
@@ -375,7 +374,7 @@ int64_t aggregate(const Layer* layers, int64_t count, Grid grid, int64_t batch, 
                                 else
                                     memset(to, 0, scores.cells * sizeof(float));
                             }
-                            block.add_to(to, row, layer.ratio / most(mass, kSmallest));
+                            block.add_to(to, row, layer.ratio / most(mass, kSmallestProbability));
                         }
                     }
                 }
@@ -462,7 +461,7 @@ int64_t aggregate_maps(const Layer* layers, int64_t count, Grid grid, int64_t ba
                 for (int64_t index = level.first; index < level.last; ++index) {
                     const float mass = sum_heads(layers[index], item, row, level.share, line);
                     if (!finite(mass)) bad = least(bad, layers[index].number);
-                    const float factor = layers[index].ratio / most(mass, kSmallest);
+                    const float factor = layers[index].ratio / most(mass, kSmallestProbability);
                     add_scaled(to, factor, line, size);
                 }
                 if (!is_top) levels.widen_row(level, row, to);

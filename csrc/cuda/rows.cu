@@ -22,7 +22,6 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kMostSources = 32;
 constexpr int kMostSums = 16;
 constexpr int kLongestVector = 8;  // elements of one 16-byte access
-constexpr float kSmallest = 1e-30f;
 
 struct Segment {  // of the grid: one sum
     void* out;
@@ -141,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
         float factor = sum_heads<kType>(source, batch, row, segment, shared);
         if (segment.normalise) {
             factor = block_sum<kWarps>(factor, shared.scratch);
-            factor = source.ratio / (factor < kSmallest ? kSmallest : factor);
+            factor = source.ratio / (factor < kSmallestProbability ? kSmallestProbability : factor);
         } else {
             factor = source.ratio;
         }
