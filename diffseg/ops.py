@@ -56,10 +56,10 @@ def aggregate(
     scales: Sequence[float] | None = None,
     logsumexps: Sequence[Tensor] | None = None,
     weights: Weights = "proportional",
-    grid: Grid | None = None,
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     out: Tensor | None = None,
+    grid: Grid | None = None,
 ) -> Tensor:
     """Aggregates the self-attention of all layers into one map a cell (the paper's equations 1 to 3).
 
@@ -74,12 +74,12 @@ def aggregate(
         weights: ``"proportional"`` (layers of one grid share equally, grids weigh as sqrt(n); the published code),
             ``"per_layer"`` (sqrt(n) over all layers), ``"literal"`` (the paper's text: per_layer times N / n), or a
             float a layer; renormalised to sum 1. A layer of weight 0 is not read.
-        grid: (h, w), at least as high and as wide as every layer's; None: the largest of ``grids``.
         dtype: in which A_f is stored: float32, float64 or bfloat16. bfloat16 halves A_f and gives up the exactness of
             D; of the bundled model's labels of held-out scenes more than 99.9 % stay (tests/test_tiny.py).
         backend: ``"auto"`` or one of :func:`available_backends`.
         out: where A_f is stored, a contiguous [B, N, N] of ``dtype`` apart from the input; None: new memory, which a
             CPU must first be given, 64 MiB of it on a grid of 64 x 64. After an error it holds anything.
+        grid: (h, w), at least as high and as wide as every layer's; None: the largest of ``grids``.
 
     Returns:
         A_f [B, N, N], N = h * w; ``out`` if it was given.
@@ -134,16 +134,16 @@ def aggregate_maps(
     *,
     grids: Sequence[Grid] | None = None,
     weights: Weights = "proportional",
-    grid: Grid | None = None,
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     out: Tensor | None = None,
+    grid: Grid | None = None,
 ) -> Tensor:
     """:func:`aggregate` from attention maps that exist already: the same sum without the softmax.
 
     Args:
         maps: one tensor a layer, [B, heads, n, n] or [B, n, n] (averaged over heads); rows need not sum to 1.
-        grids, weights, grid, dtype, backend, out: as in :func:`aggregate`.
+        grids, weights, dtype, backend, out, grid: as in :func:`aggregate`.
 
     Returns:
         A_f [B, N, N].
@@ -343,13 +343,13 @@ def segment(
     scales: Sequence[float] | None = None,
     logsumexps: Sequence[Tensor] | None = None,
     weights: Weights = "proportional",
-    grid: Grid | None = None,
     anchors: int | Sequence[int] = 16,
     iterations: int = 3,
     threshold: float | Sequence[float] = 1.0,
     rule: Rule = "paper",
     refine: bool = False,
     backend: str = "auto",
+    grid: Grid | None = None,
 ) -> Tensor:
     """Segments from queries and keys: :func:`aggregate`, :func:`merge`, :func:`label`, then :func:`renumber`.
 

@@ -19,13 +19,13 @@ import diffseg
 ROOT = Path(__file__).parent.parent
 SIGNATURES = {
     "aggregate": "queries keys *grids=None scales=None logsumexps=None weights='proportional' dtype=torch.float32 "
-    "backend='auto' out=None",
-    "aggregate_maps": "maps *grids=None weights='proportional' dtype=torch.float32 backend='auto' out=None",
+    "backend='auto' out=None grid=None",
+    "aggregate_maps": "maps *grids=None weights='proportional' dtype=torch.float32 backend='auto' out=None grid=None",
     "merge": "attention *grid=None anchors=16 iterations=3 threshold=1.0 rule='paper' backend='auto'",
     "refine": "attention proposals *max_iterations=300",
     "label": "proposals size *backend='auto'",
     "segment": "queries keys size *grids=None scales=None logsumexps=None weights='proportional' anchors=16 "
-    "iterations=3 threshold=1.0 rule='paper' refine=False backend='auto'",
+    "iterations=3 threshold=1.0 rule='paper' refine=False backend='auto' grid=None",
 }
 
 
