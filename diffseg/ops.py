@@ -34,6 +34,7 @@ from .checks import (
     plain,
 )
 from .library import ops as operators
+from .memory import attention_memory
 from .reference import Grid
 
 Rule = Literal["paper", "official"]
@@ -353,7 +354,8 @@ def segment(
 ) -> Tensor:
     """Segments from queries and keys: :func:`aggregate`, :func:`merge`, :func:`label`, then :func:`renumber`.
 
-    Arguments as in those ops; ``refine=True`` adds :func:`refine` before the labels.
+    Arguments as in those ops; ``refine=True`` adds :func:`refine` before the labels. On a CPU the memory of A_f is kept
+    for the next call, at most 256 MiB of it.
 
     Returns:
         int32 [B, H, W], labels 0..S-1 without gaps.
@@ -365,14 +367,23 @@ def segment(
     check_layers("queries", queries, dimensions=("batch", "heads", "n", "d"))
     grid = check_output_grid(grid, check_grids(grids, [query.shape[2] for query in queries]))
     anchors = anchor_indices(grid, anchors)
-    attention = aggregate(
-        queries, keys, grids=grids, scales=scales, logsumexps=logsumexps, weights=weights, grid=grid, backend=backend
-    )
-    proposals = merge(
-        attention, grid=grid, anchors=anchors, iterations=iterations, threshold=threshold, rule=rule, backend=backend
-    )
-    if refine:
-        proposals = _refine(attention, proposals)
+
+    def proposed(out: Tensor | None) -> Proposals:
+        attention = aggregate(
+            queries, keys, grids=grids, scales=scales, logsumexps=logsumexps, weights=weights, backend=backend,
+            out=out, grid=grid,
+        )  # fmt: skip
+        found = merge(
+            attention, grid=grid, anchors=anchors, iterations=iterations, threshold=threshold, rule=rule,
+            backend=backend,
+        )  # fmt: skip
+        return _refine(attention, found) if refine else found
+
+    if torch.compiler.is_compiling():
+        proposals = proposed(None)
+    else:
+        with attention_memory(queries[0], grid) as out:
+            proposals = proposed(out)
     return renumber(label(proposals, size, backend=backend), proposals.maps.shape[1])
 
 

@@ -13,10 +13,11 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from . import backends, ops, semantics
+from . import backends, memory, ops, semantics
 from . import images as image_io
 from .capture import AttentionRecord, count_layers, record_pass
 from .checks import check_bool, check_integer, check_pair, check_rule, check_thresholds, check_weight_scheme, plain
+from .memory import attention_memory
 from .ops import Proposals, Rule, Weights
 from .recorded import (
     Options,
@@ -345,11 +346,12 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             self._recordings.add(run, Shape(batch_size, size), options, self._execution_device, self._networks())
 
     def release(self) -> None:
-        """Frees what :meth:`warmup` holds: graphs, buffers, compiled networks and joined projections."""
+        """Frees graphs, buffers, compiled networks, joined projections, and the memory of A_f that a CPU keeps."""
         with lock_of(self.unet):
             self._recordings.clear()
             self._compiled = None
             self._split()
+        memory.release()
 
     @torch.no_grad()
     def attention(
@@ -368,9 +370,10 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         options = self.options(weights=weights, timestep=timestep, backend=backend)
         pixels = self._one(image, processing_resolution)
         with lock_of(self.unet):
-            found = self._attention(pixels, options.timestep, options.weights, backend, _StageClock(None))
+            record = self._record(pixels, options, _StageClock(None))
+            attention = _aggregated(record, options)
             self.maybe_free_model_hooks()
-        return found
+        return attention, record.output_grid
 
     @torch.no_grad()
     def record(
@@ -384,10 +387,10 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Arguments as in :meth:`__call__`.
         """
-        options = self.options(timestep=timestep)
+        options = self.options(timestep=timestep, weights="proportional")  # all layers
         pixels = self._one(image, processing_resolution)
         with lock_of(self.unet):
-            record = self._record(pixels, options.timestep, _StageClock(None))
+            record = self._record(pixels, options, _StageClock(None))
             self.maybe_free_model_hooks()
         return record
 
@@ -472,62 +475,40 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         self, pixels: Tensor, options: Options, refine: bool, clock: "_StageClock", *, compiled: bool = False
     ) -> tuple[Proposals, Tensor]:
         """The proposals of pixels [B, 3, h, w] in [0, 1], and whether each image's attention is finite, bool [B]."""
-        attention, grid = self._attention(
-            pixels, options.timestep, options.weights, options.backend, clock, compiled=compiled
-        )
-        with clock("merge"):
-            proposals = ops.merge(
-                attention,
-                grid=grid,
-                anchors=min(options.anchors, *grid),
-                iterations=len(options.threshold),
-                threshold=options.threshold,
-                rule=options.rule,
-                backend=options.backend,
-            )
-            finite = attention.sum((1, 2)).isfinite()
-        if refine:
-            with clock("refine"):
-                proposals = ops.refine(attention, proposals)
+        record = self._record(pixels, options, clock, compiled=compiled)
+        grid = record.output_grid
+        with attention_memory(pixels, grid) as out:
+            with clock("aggregate"):
+                attention = _aggregated(record, options, out)
+            with clock("merge"):
+                proposals = ops.merge(
+                    attention,
+                    grid=grid,
+                    anchors=min(options.anchors, *grid),
+                    iterations=len(options.threshold),
+                    threshold=options.threshold,
+                    rule=options.rule,
+                    backend=options.backend,
+                )
+                finite = attention.sum((1, 2)).isfinite()
+            if refine:
+                with clock("refine"):
+                    proposals = ops.refine(attention, proposals)
         return proposals, finite
 
-    def _attention(
-        self,
-        pixels: Tensor,
-        timestep: int,
-        weights: Weights,
-        backend: str,
-        clock: "_StageClock",
-        *,
-        compiled: bool = False,
-    ) -> tuple[Tensor, Grid]:
-        """A_f [B, N, N] and its grid, from pixels [B, 3, h, w] in [0, 1]."""
-        layers = None
-        if not isinstance(weights, str):
-            layers = max(layer for layer, share in enumerate(weights) if share > 0) + 1
-        record = self._record(pixels, timestep, clock, layers=layers, compiled=compiled)
-        if layers is not None:
-            weights = weights[: len(record.grids)]
-        with clock("aggregate"):
-            attention = record.aggregate(weights=weights, backend=backend)
-        return attention, record.output_grid
-
     def _record(
-        self,
-        pixels: Tensor,
-        timestep: int,
-        clock: "_StageClock",
-        *,
-        layers: Union[int, None] = None,  # noqa: UP007
-        compiled: bool = False,
+        self, pixels: Tensor, options: Options, clock: "_StageClock", *, compiled: bool = False
     ) -> AttentionRecord:
-        """What the UNet leaves behind in the first ``layers`` layers, from pixels [B, 3, h, w] in [0, 1]."""
+        """What the UNet leaves behind up to the last layer that has a share, from pixels [B, 3, h, w] in [0, 1]."""
+        layers = None
+        if not isinstance(options.weights, str):
+            layers = max(layer for layer, share in enumerate(options.weights) if share > 0) + 1
         encode, unet = self._compiled if compiled and self._compiled else (self._latents, self.unet)
         with clock("encode"):
             latents = encode(pixels)
         context = self._context(len(pixels), pixels.device).to(latents)
         with clock("unet"):
-            steps = torch.full((len(pixels),), timestep, device=pixels.device)
+            steps = torch.full((len(pixels),), options.timestep, device=pixels.device)
             return record_pass(unet, latents, steps, layers=layers, encoder_hidden_states=context)
 
     def _latents(self, pixels: Tensor) -> Tensor:
@@ -658,6 +639,12 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         """The side, in pixels, at which the UNet was trained."""
         sample_size = self.unet.config.sample_size
         return (max(sample_size) if isinstance(sample_size, Sequence) else sample_size) * self.vae_scale_factor
+
+
+def _aggregated(record: AttentionRecord, options: Options, out: Union[Tensor, None] = None) -> Tensor:  # noqa: UP007
+    """A_f [B, N, N] of the recorded layers, which may be the first of those that have weights."""
+    weights = options.weights if isinstance(options.weights, str) else options.weights[: len(record.grids)]
+    return record.aggregate(weights=weights, backend=options.backend, out=out)
 
 
 class _StageClock:

@@ -156,7 +156,12 @@ class Suite:
             return ["golden" if golden else "thin"]
         on_gpu = self.device.type == "cuda"
         if self.settings.subset and not on_gpu:
-            special = {"maps": ["golden" if golden else "thin"], "rounds": ["noise"], "merge": ["bundled", "noise"]}
+            special = {
+                "aggregate": ["sd14"],
+                "maps": ["golden" if golden else "thin"],
+                "rounds": ["noise"],
+                "merge": ["bundled", "noise"],
+            }
             return special.get(stage, ["bundled"])
         wide = ["sd14"] if on_gpu or stage in ("aggregate", "segment") else []
         noise = ["noise"] if stage in ("round1", "rounds", "merge", "label") else []

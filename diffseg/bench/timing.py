@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import torch
 
+from .. import memory as kept_memory
+
 Role = Literal["subject", "baseline", "peer"]
 
 SHORTEST_SAMPLE = 10e-3  # seconds: shorter calls are repeated within a sample
@@ -199,6 +201,7 @@ class Timer:
 
 def peak_resident(run: Callable[[], Any]) -> int | None:
     """The most resident memory that ``run`` adds at one time, in bytes, as the Linux kernel counts it; else None."""
+    kept_memory.release()
     if not _reset_peak():
         run()
         return None

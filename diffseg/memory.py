@@ -1,0 +1,60 @@
+"""Memory of A_f that a CPU keeps from one call to the next.
+
+PyTorch gives a CPU's memory back at once, and the next call touches as much for the first time: 64 MiB on a grid of
+64 x 64, for which the kernel may first have to make huge pages. That can take longer than aggregating.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .reference import Grid
+
+_MOST_KEPT = 256 << 20  # bytes
+_kept: list[Tensor] = []  # float32, flat; what no call has at present, the last used last
+_lock = threading.Lock()
+
+
+@contextmanager
+def attention_memory(like: Tensor, grid: Grid) -> Iterator[Tensor | None]:
+    """Memory for A_f over ``grid`` of a batch as large as that of ``like``, float32 [B, N, N]; inside, nobody else's.
+
+    None where ``like`` is not an ordinary tensor on a CPU: on a GPU PyTorch itself keeps memory.
+    """
+    if like.device.type != "cpu" or type(like) is not Tensor:
+        yield None
+        return
+    shape = (len(like), math.prod(grid), math.prod(grid))
+    memory = _take(math.prod(shape))
+    try:
+        yield memory[: math.prod(shape)].view(shape)
+    finally:
+        _keep(memory)
+
+
+def release() -> None:
+    """Gives back what no call has at present."""
+    with _lock:
+        _kept.clear()
+
+
+def _take(length: int) -> Tensor:
+    with _lock:
+        for index in reversed(range(len(_kept))):
+            if len(_kept[index]) >= length:
+                return _kept.pop(index)
+    with torch.inference_mode(False):  # a tensor of that mode could not be written to outside
+        return torch.empty(length, dtype=torch.float32, device="cpu")
+
+
+def _keep(memory: Tensor) -> None:
+    with _lock:
+        _kept.append(memory)
+        while sum(each.nbytes for each in _kept) > _MOST_KEPT:
+            del _kept[0]

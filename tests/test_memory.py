@@ -1,0 +1,113 @@
+"""Memory of A_f that is kept between calls: nobody sees another's, and nobody holds more than is said."""
+
+import threading
+
+import pytest
+import torch
+
+import diffseg
+from diffseg import memory
+from diffseg.memory import attention_memory
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    memory.release()
+    yield
+    memory.release()
+
+
+def kept():
+    return [each.data_ptr() for each in memory._kept]
+
+
+def test_the_next_call_has_the_memory_of_the_last():
+    like = torch.zeros(2, 1)
+    with attention_memory(like, (3, 4)) as first:
+        assert first.shape == (2, 12, 12)
+        assert first.dtype == torch.float32
+        assert first.is_contiguous()
+        assert kept() == []
+    assert kept() == [first.data_ptr()]
+    with attention_memory(like[:1], (4, 2)) as smaller:
+        assert smaller.shape == (1, 8, 8)
+        assert smaller.data_ptr() == first.data_ptr()
+    with attention_memory(like, (5, 4)) as larger:
+        assert larger.data_ptr() != first.data_ptr()
+    memory.release()
+    assert kept() == []
+
+
+def test_calls_at_one_time_have_memory_of_their_own():
+    like = torch.zeros(1, 1)
+    with attention_memory(like, (2, 2)) as outer, attention_memory(like, (2, 2)) as inner:
+        assert outer.data_ptr() != inner.data_ptr()
+    assert sorted(kept()) == sorted([outer.data_ptr(), inner.data_ptr()])
+
+
+def test_it_comes_back_after_an_exception():
+    with pytest.raises(ZeroDivisionError), attention_memory(torch.zeros(1, 1), (2, 2)):
+        raise ZeroDivisionError
+    assert len(kept()) == 1
+
+
+def test_no_more_is_kept_than_is_said(monkeypatch):
+    monkeypatch.setattr(memory, "_MOST_KEPT", 4 * 16**2 + 4 * 9**2)
+    like = torch.zeros(1, 1)
+    with attention_memory(like, (4, 4)) as first, attention_memory(like, (3, 3)) as second:
+        pass
+    assert kept() == [second.data_ptr(), first.data_ptr()]
+    with attention_memory(like, (4, 4)), attention_memory(like, (4, 4)):
+        pass
+    assert len(kept()) == 1
+    with attention_memory(like, (5, 5)):
+        pass
+    assert kept() == []
+
+
+def test_memory_of_inference_mode_serves_outside_of_it():
+    with torch.inference_mode(), attention_memory(torch.zeros(1, 1), (2, 2)) as inside:
+        inside.fill_(1)
+    with attention_memory(torch.zeros(1, 1), (2, 2)) as outside:
+        assert outside.data_ptr() == inside.data_ptr()
+        outside.fill_(2)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.zeros(1, 1, device="meta"), lambda: torch.nn.Parameter(torch.zeros(1))])
+def test_others_have_none(make):
+    with attention_memory(make(), (2, 2)) as found:
+        assert found is None
+    assert kept() == []
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("refine", [False, True])
+def test_segments_do_not_depend_on_what_was_there(layers, backend, refine):
+    if backend not in diffseg.available_backends("cpu"):
+        pytest.skip(diffseg.explain_backends()[backend])
+    scenes = [layers([(8, 8), (4, 4)], batch=2, seed=seed, dtype=torch.float32) for seed in range(4)]
+
+    def segment(scene):
+        return diffseg.segment(
+            scene.queries, scene.keys, (16, 16), grids=scene.grids, anchors=4, threshold=0.4, refine=refine,
+            backend=backend,
+        )  # fmt: skip
+
+    expected = []
+    for scene in scenes:
+        memory.release()
+        expected.append(segment(scene))
+    found = [segment(scene) for scene in scenes]
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    together = [None] * len(scenes)
+
+    def work(index):
+        for _ in range(20):
+            together[index] = segment(scenes[index])
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(len(scenes))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(*pair) for pair in zip(together, expected, strict=True))
