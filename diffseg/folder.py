@@ -26,6 +26,7 @@ from . import images, visualize
 
 _PASSES_BEFORE_RECORDING = 3  # of one shape, on a GPU
 _RECORDED_SHAPES = 8
+_MOST_FILES = 8  # that are decoded, and that are written, at a time
 _WARMUP_OPTIONS = ("threshold", "anchors", "iterations", "rule", "backend", "processing_resolution")
 _FAILURES = (ValueError, OSError)  # of one image; anything else ends the run
 
@@ -82,7 +83,8 @@ def segment_files(
     """Segments files and writes each one's labels and overlay: whole files, and both unless the process is killed
     between their renames.
 
-    An image that fails does not stop the others, nor those of its own batch. At most a few batches are in memory.
+    An image that fails does not stop the others, nor those of its own batch. A few batches and up to 16 more images
+    are in memory at one time.
 
     Args:
         pipe: a :class:`diffseg.DiffSegPipeline`.
@@ -101,9 +103,10 @@ def segment_files(
     for each in pipes:
         idle.put(each)
     shapes: Counter[Any] = Counter()
-    with _pools(len(pipes)) as (readers, networks, writers):
-        work = _Work(jobs, writers, 2 * batch_size, done)
-        read = _in_order(readers, lambda job: images.to_tensor(job.source), jobs, ahead=2 * batch_size)
+    files = min(torch.get_num_threads(), _MOST_FILES)
+    with _pools(len(pipes), files) as (readers, networks, writers):
+        work = _Work(jobs, writers, 2 * batch_size + files, done)
+        read = _in_order(readers, lambda job: images.to_tensor(job.source), jobs, ahead=2 * batch_size + files)
         items = _items(pipe, read, options.get("processing_resolution"), work.end)
         for batch in _batches(items, batch_size):
             _record_frequent(pipe, batch, options, shapes)
@@ -160,15 +163,15 @@ def _passes_at_a_time(pipe: Any, jobs: int, batch_size: int, options: dict[str, 
 
 
 @contextmanager
-def _pools(passes: int) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor, ThreadPoolExecutor]]:
-    """A thread that reads, threads for ``passes`` at a time, which share torch's, and a thread that writes."""
+def _pools(passes: int, files: int) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor, ThreadPoolExecutor]]:
+    """Threads that read ``files`` at a time, threads for ``passes`` at a time, which share torch's, and that write."""
     threads = torch.get_num_threads()
 
     def pool(workers: int, torch_threads: int) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(torch_threads,))
 
     try:
-        with pool(1, 1) as readers, pool(1, 1) as writers, pool(passes, threads // passes) as networks:
+        with pool(files, 1) as readers, pool(files, 1) as writers, pool(passes, threads // passes) as networks:
             yield readers, networks, writers
     finally:
         torch.set_num_threads(threads)  # also for threads to come

@@ -368,9 +368,9 @@ def test_fresh_processes_warm_short_calls_up() -> None:
     calls: list[str] = []
     timed = [
         Timed(Contender(name, "subject", lambda _, name=name: calls.append(name)), seconds=seconds)
-        for name, seconds in {"short": 0.1, "long": 0.3}.items()
+        for name, seconds in {"short": 0.3, "long": 2.0}.items()
     ]
-    timed.append(Timed(Contender("jit", "peer", lambda _: calls.append("jit"), compiles=True), seconds=0.3))
+    timed.append(Timed(Contender("jit", "peer", lambda _: calls.append("jit"), compiles=True), seconds=2.0))
     Timer(CPU, 0.0).warm_up(timed, [None])
     assert calls == ["short", "jit"]
 

@@ -65,6 +65,22 @@ def test_as_one_by_one(pipe, jobs, batch_size):
     assert not [path.name for path in jobs[0].labels.parent.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("step", ["read", "write"])
+def test_files_are_read_and_written_on_as_many_threads_as_torch_has(pipe, jobs, monkeypatch, step):
+    together = threading.Barrier(torch.get_num_threads())
+    module, name = (images, "to_tensor") if step == "read" else (folder, "_write")
+    run = getattr(module, name)
+
+    def wait_for_another(*arguments):
+        if not isinstance(arguments[0], torch.Tensor):  # the pipeline takes pictures that have been read
+            together.wait(timeout=30)
+        return run(*arguments)
+
+    monkeypatch.setattr(module, name, wait_for_another)
+    outcomes, _ = folder.segment_files(pipe, jobs[:8], {})
+    assert [outcome.error for outcome in outcomes] == [None] * 8
+
+
 def test_images_of_one_processed_size_share_a_pass(pipe, jobs, monkeypatch):
     passes = []
     call = DiffSegPipeline.__call__

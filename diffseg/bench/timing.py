@@ -22,7 +22,7 @@ Role = Literal["subject", "baseline", "peer"]
 SHORTEST_SAMPLE = 10e-3  # seconds: shorter calls are repeated within a sample
 SHORTEST_SHARE = 1 / 16  # of the row's longest call: likewise, so that its fastest contender is not one short glance
 _MOST_ROUNDS = 24
-_WARMED = 0.2  # seconds: longer calls take as long in a process that has made none of them
+_WARMED = 1.5  # seconds: longer calls take as long in a process that has made none of them
 _LONG, _VERY_LONG = 1.0, 5.0  # seconds: of such calls two samples must do, or one
 _FEWEST_ROUNDS, _FEWEST_LONG, _FEWEST_VERY_LONG = 3, 2, 1
 
