@@ -125,7 +125,7 @@ class CpuKernels:
             self._view(attention.unsqueeze(1)), grid, len(attention), anchors, thresholds, rule == "paper",
             maps.data_ptr(), counts.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        if bad >= 0:
+        if bad is not None:
             raise ValueError(f"attention: expected finite values, found NaN or infinity in image {bad}")
         return maps, counts
 
@@ -157,7 +157,7 @@ class CpuKernels:
         bad = self._module.aggregate_cross(
             layers, batch_size, shares.data_ptr(), words, tokens, size, maps.data_ptr(), torch.get_num_threads()
         )
-        if bad >= 0:
+        if bad is not None:
             raise ValueError(non_finite_attention(bad))
         return maps
 
@@ -415,7 +415,7 @@ def _aggregate_into(run: Any, layers: list[Any], grid: Grid, out: Tensor) -> Non
     """Calls a C++ kernel for A_f [B, N, N]. For another storage dtype it exists in float32 first."""
     attention = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     bad = run(layers, grid, len(out), attention.data_ptr(), torch.get_num_threads())
-    if bad >= 0:
+    if bad is not None:
         raise ValueError(non_finite_attention(bad))
     _store(attention, out)
 

@@ -449,6 +449,28 @@ class TestNonFinite:
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("weights", [[0.0, 1.0], [0.0, 2.0, 1.0], [0.0, 0.0, 1.0]])
+def test_what_is_not_finite_is_reported_by_its_number_beside_layers_that_are_not_read(
+    backend: str, weights: list[float]
+) -> None:
+    last = len(weights) - 1
+    bad = f"layer {last}: expected finite attention"
+    good = queries(*((1, 2, 16, 4),) * len(weights))
+    with pytest.raises(ValueError, match=bad):
+        diffseg.aggregate_maps(
+            spoiled(maps(*((1, 2, 16, 16),) * len(weights)), last, NAN), weights=weights, backend=backend
+        )
+    with pytest.raises(ValueError, match=bad):
+        diffseg.aggregate(
+            good,
+            good,
+            logsumexps=spoiled([torch.ones(query.shape[:3]) for query in good], last, NAN),
+            weights=weights,
+            backend=backend,
+        )
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_scores_that_overflow_are_reported(backend: str) -> None:
     large = [query * 1e25 for query in queries()]
     with pytest.raises(ValueError, match="layer 0: expected finite attention"):

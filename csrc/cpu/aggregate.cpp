@@ -344,7 +344,7 @@ int64_t aggregate(const Layer* layers, int64_t count, Grid grid, int64_t batch, 
     Buffer<float> compact(lower * lower), keys(largest(layers, count, Scores::packed_keys));
     const int64_t block_size = largest(layers, count, Block::floats_needed);
     Buffer<float> blocks(block_size * threads);
-    int64_t bad = count;
+    int64_t bad = kFinite;
 
     for (int64_t item = 0; item < batch; ++item) {
         for (const Level& level : levels) {
@@ -390,7 +390,7 @@ int64_t aggregate(const Layer* layers, int64_t count, Grid grid, int64_t batch, 
             }
         }
     }
-    return bad == count ? kFinite : bad;
+    return bad;
 }
 
 // to[j] (+)= sum over kHeads maps, `next` apart, of from[j]: streams of their own, each fetched ahead, since what two
@@ -445,7 +445,7 @@ int64_t aggregate_maps(const Layer* layers, int64_t count, Grid grid, int64_t ba
     Levels levels(layers, count, grid);
     const int64_t cells = levels.grid.cells();
     Buffer<float> lines(2 * cells * threads);
-    int64_t bad = count;
+    int64_t bad = kFinite;
     for (int64_t item = 0; item < batch; ++item) {
         for (const Level& level : levels) {
             const bool is_top = level.wide == nullptr;
@@ -468,7 +468,7 @@ int64_t aggregate_maps(const Layer* layers, int64_t count, Grid grid, int64_t ba
             }
         }
     }
-    return bad == count ? kFinite : bad;
+    return bad;
 }
 
 }  // namespace

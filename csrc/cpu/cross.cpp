@@ -151,7 +151,7 @@ int64_t aggregate_cross(const Layer* layers, int64_t count, int64_t batch, const
         }
         levels[level_count - 1].last = index + 1;
     }
-    int64_t bad = count;
+    int64_t bad = kFinite;
     for (int64_t item = 0; item < batch; ++item) {
         memset(sums, 0, used * sizeof(float));
         for (const WordLevel* level = levels; level < levels + level_count; ++level) {
@@ -184,7 +184,7 @@ int64_t aggregate_cross(const Layer* layers, int64_t count, int64_t batch, const
             }
         }
     }
-    return bad == count ? kFinite : bad;
+    return bad;
 }
 
 // sums[mask, word] += each pixel of one line of labels; `line` holds the word's map between the cells of that line.

@@ -44,7 +44,7 @@ struct Words {
     int64_t count, tokens;
 };
 
-constexpr int64_t kFinite = -1;
+constexpr int64_t kFinite = INT64_MAX;  // beyond the number of any layer or image: the least of several is what is bad
 
 // Probabilities and divisors are clamped from below to this, as in the reference, so that zeros stay finite.
 constexpr float kSmallestProbability = 1e-30f;

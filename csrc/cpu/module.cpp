@@ -13,6 +13,7 @@
 #endif
 
 #include <array>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -92,26 +93,31 @@ void advise_huge_pages(Grid grid, int64_t batch, uintptr_t out) {
 #endif
 }
 
-int64_t aggregate(const std::vector<Layer>& layers, Pair pair, int64_t batch, uintptr_t out, int threads) {
+// The layer or image that has NaN or infinity, if there is one.
+std::optional<int64_t> bad(int64_t found) { return found == diffseg::kFinite ? std::nullopt : std::optional(found); }
+
+std::optional<int64_t> aggregate(const std::vector<Layer>& layers, Pair pair, int64_t batch, uintptr_t out, int threads) {
     const Grid grid = {pair[0], pair[1]};
     advise_huge_pages(grid, batch, out);
-    return table->aggregate(layers.data(), static_cast<int64_t>(layers.size()), grid, batch, pointer<float>(out),
-                            allowed(threads));
+    return bad(table->aggregate(layers.data(), static_cast<int64_t>(layers.size()), grid, batch, pointer<float>(out),
+                                allowed(threads)));
 }
 
-int64_t aggregate_maps(const std::vector<Layer>& layers, Pair pair, int64_t batch, uintptr_t out, int threads) {
+std::optional<int64_t> aggregate_maps(const std::vector<Layer>& layers, Pair pair, int64_t batch, uintptr_t out,
+                                      int threads) {
     const Grid grid = {pair[0], pair[1]};
     advise_huge_pages(grid, batch, out);
-    return table->aggregate_maps(layers.data(), static_cast<int64_t>(layers.size()), grid, batch, pointer<float>(out),
-                                 allowed(threads));
+    return bad(table->aggregate_maps(layers.data(), static_cast<int64_t>(layers.size()), grid, batch,
+                                     pointer<float>(out), allowed(threads)));
 }
 
-int64_t merge(const View& attention, Pair grid, int64_t batch, const std::vector<int64_t>& anchors,
-              const std::vector<float>& thresholds, bool exclusive, uintptr_t maps, uintptr_t counts, int threads) {
+std::optional<int64_t> merge(const View& attention, Pair grid, int64_t batch, const std::vector<int64_t>& anchors,
+                             const std::vector<float>& thresholds, bool exclusive, uintptr_t maps, uintptr_t counts,
+                             int threads) {
     const diffseg::MergeOptions options = {anchors.data(), static_cast<int64_t>(anchors.size()), thresholds.data(),
                                            static_cast<int64_t>(thresholds.size()), exclusive};
-    return table->merge(attention, {grid[0], grid[1]}, batch, options, pointer<float>(maps), pointer<int32_t>(counts),
-                        allowed(threads));
+    return bad(table->merge(attention, {grid[0], grid[1]}, batch, options, pointer<float>(maps),
+                            pointer<int32_t>(counts), allowed(threads)));
 }
 
 void label(uintptr_t maps, uintptr_t counts, uintptr_t winner, int64_t batch, int64_t length, Pair grid, Pair size,
@@ -120,11 +126,11 @@ void label(uintptr_t maps, uintptr_t counts, uintptr_t winner, int64_t batch, in
                  {grid[0], grid[1]}, {size[0], size[1]}, allowed(threads));
 }
 
-int64_t aggregate_cross(const std::vector<Layer>& layers, int64_t batch, uintptr_t shares, int64_t words, int64_t tokens,
-                        Pair size, uintptr_t out, int threads) {
-    return table->aggregate_cross(layers.data(), static_cast<int64_t>(layers.size()), batch,
-                                  {pointer<const float>(shares), words, tokens}, {size[0], size[1]},
-                                  pointer<float>(out), allowed(threads));
+std::optional<int64_t> aggregate_cross(const std::vector<Layer>& layers, int64_t batch, uintptr_t shares, int64_t words,
+                                       int64_t tokens, Pair size, uintptr_t out, int threads) {
+    return bad(table->aggregate_cross(layers.data(), static_cast<int64_t>(layers.size()), batch,
+                                      {pointer<const float>(shares), words, tokens}, {size[0], size[1]},
+                                      pointer<float>(out), allowed(threads)));
 }
 
 void score_masks(uintptr_t maps, uintptr_t labels, uintptr_t out, int64_t batch, int64_t words, Pair grid, Pair size,
