@@ -667,6 +667,17 @@ class TestPlans:
             sums = [int(launch[1]) for launch in launches if launch[0] == "sum_scores_kernel"]
             assert sums == [3 * 64 + 5 * 4 + 1, 32 * 32]  # three parts at 32 x 32, five at 16 x 16; then A_f
 
+    def test_aggregate_of_layers_below_the_output_grid(self, host: Host) -> None:
+        """A row of A_f is as long as the output grid asks, without shared memory to hold it."""
+        layers, _ = self.layers(host.module, "SD 1.4", given=True)
+        side, _, _ = NETWORKS["SD 1.4"][0][1:]
+        out = host.module.Attention(data=16, dtype="float32", grid=(2 * side, 2 * side), batch=1)
+        with host.recorded() as launches:
+            host.module.aggregate(layers, "float16", out, 256, host.module.Queue(0, 0))
+        last = launches[-1]
+        assert (last[0], int(last[1]), int(last[5])) == ("rows_kernel", (2 * side) ** 2, 0)
+        assert all(int(launch[5]) <= SMALLEST_LIMIT for launch in launches)
+
     @pytest.mark.parametrize("cells", [4096, 9216])
     def test_merge(self, host: Host, cells: int) -> None:
         module = host.module

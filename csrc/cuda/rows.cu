@@ -2,7 +2,8 @@
 //
 // mass is the sum of the row after bilinear upsampling: a dot product with column weights that are products of one
 // weight a line and one a column of cells. A block takes a row: each row of each head is read once, in 16-byte accesses
-// that do not depend on each other; the sum over heads and the total stay in shared memory.
+// that do not depend on each other; the sum over heads and the total stay in shared memory. A sum without sources, which
+// is the upsampled grids alone, needs none of it.
 //
 // Grid: (rows of all sums, batch). At SD 1.4 in float32 aggregate_maps reads 2.9 GB and writes 64 MB; a multiplication
 // and two additions an element: bound by memory.
@@ -132,8 +133,9 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
             shared.across[x] = axis_weight(x, segment.width, table.output.width);
         sync_block();
     }
+    const bool summed = segment.first_source < segment.end_source;
     constexpr int stride = kThreads * kVector<kType>;  // a thread keeps its columns throughout: no barrier
-    for (int column = threadIdx.x * kVector<kType>; column < cells; column += stride)
+    for (int column = threadIdx.x * kVector<kType>; summed && column < cells; column += stride)
         for (int i = 0; i < kVector<kType>; ++i) shared.total[column + i] = 0;
     for (int s = segment.first_source; s < segment.end_source; ++s) {
         const RowSource& source = table.sources[s];
@@ -153,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
         for (int start = 0; start < kVector<kType>; start += kQuad) {
             Quad quad;
 #pragma unroll
-            for (int c = 0; c < kQuad; ++c) quad.value[c] = shared.total[column + start + c];
+            for (int c = 0; c < kQuad; ++c) quad.value[c] = summed ? shared.total[column + start + c] : 0;
             for (int low = 0; low < table.output.count; ++low) {
                 const Upsampler upsample(table.output, table.output.lows[low], batch, column + start);
                 const Quad more = upsample(upsample.source(row));
@@ -175,11 +177,12 @@ class Batch {
     // The sources [first, end) of a sum.
     void add(const RowSum& sum, size_t first, size_t end) {
         const int start = static_cast<int>(sources_);
+        const bool summed = first < end;
         for (size_t source = first; source < end; ++source) table_.sources[sources_++] = sum.sources[source];
         table_.segments[table_.count++] = {sum.out,         blocks_,        start,        static_cast<int>(sources_),
-                                           sum.grid.height, sum.grid.width, sum.normalise};
+                                           sum.grid.height, sum.grid.width, sum.normalise && summed};
         blocks_ += sum.grid.cells();
-        shared_ = std::max(shared_, Shared::bytes(sum.grid));
+        if (summed) shared_ = std::max(shared_, Shared::bytes(sum.grid));
     }
 
     void run(Type type, int batch, Stream stream) const {
