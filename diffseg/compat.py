@@ -282,10 +282,7 @@ class DiffSeg:
         ratios = self._ratios(maps, weight_ratio)
         dtype = reduce(torch.promote_types, (layer.dtype for layer in maps))
         layers = [self._moved(layer[None]).to(dtype) for layer in maps]
-        if all(layer.shape[-1] < _CELLS for layer in layers):  # a layer of no weight makes the output grid 64 x 64
-            layers.append(layers[0].new_ones(()).expand(1, 1, _CELLS, _CELLS))
-        shares = ratios + [0.0] * (len(layers) - len(ratios))
-        return ops.aggregate_maps(layers, weights=shares, backend=self.backend), sum(ratios)
+        return ops.aggregate_maps(layers, weights=ratios, grid=(_SIDE, _SIDE), backend=self.backend), sum(ratios)
 
     def _attention(self, attns: Any) -> tuple[Tensor, float]:
         """Maps [64, 64, 64, 64] as A_f [1, N, N] with rows of sum 1, and the sum that they had."""

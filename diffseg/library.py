@@ -1,19 +1,23 @@
 """The ops as ``torch.library`` operators, ``torch.ops.diffseg.*``, so that ``torch.compile`` sees opaque ops.
 
-Each runs the backend that :mod:`diffseg.backends` chooses; grids are flat, h_0, w_0, h_1, w_1, ... Fakes give shapes
-only. The functions of :mod:`diffseg.ops` check the arguments and call these; nothing else should.
+Each runs the backend that :mod:`diffseg.backends` chooses, on the layers that have a share in A_f; grids are flat, h_0,
+w_0, h_1, w_1, ... Fakes give shapes only. The functions of :mod:`diffseg.ops` check the arguments and call these;
+nothing else should.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import backends, reference
 from .reference import Grid
+
+T = TypeVar("T")
 
 _LIBRARY = torch.library.Library("diffseg", "DEF")
 
@@ -35,6 +39,27 @@ def _attention(layer: Tensor, grid: Sequence[int], dtype: torch.dtype) -> Tensor
     return torch.empty(layer.shape[0], cells, cells, dtype=dtype, device=layer.device)
 
 
+def _used(ratios: Sequence[float]) -> list[int]:
+    """The layers that a backend is given: those of weight 0 are not read."""
+    return [layer for layer, ratio in enumerate(ratios) if ratio > 0]
+
+
+def _of(layers: Sequence[int], values: Sequence[T]) -> list[T]:
+    return [values[layer] for layer in layers]
+
+
+@contextmanager
+def _named(layers: Sequence[int]) -> Iterator[None]:
+    """Reports attention that is not finite by its layer's number among the caller's; ``layers``: what a backend got."""
+    try:
+        yield
+    except reference.NonFiniteAttentionError as error:
+        raise ValueError(
+            f"layer {layers[error.layer]}: expected finite attention, found NaN or infinity (in float16 the network "
+            "may have overflowed: use bfloat16 or float32)"
+        ) from None
+
+
 def _aggregate_into(
     queries: list[Tensor],
     keys: list[Tensor],
@@ -46,9 +71,13 @@ def _aggregate_into(
     out: Tensor,
     backend: str,
 ) -> None:
+    used = _used(ratios)
+    queries, keys, scales, ratios = _of(used, queries), _of(used, keys), _of(used, scales), _of(used, ratios)
+    logsumexps = None if logsumexps is None else _of(used, logsumexps)
     first, width = queries[0], max(query.shape[3] for query in queries)
     run = backends.implementation(backend, "aggregate", first.device, first.dtype, width=width, storage=out.dtype)
-    run(queries, keys, _pairs(grids), scales, logsumexps, ratios, tuple(grid), out)
+    with _named(used):
+        run(queries, keys, _of(used, _pairs(grids)), scales, logsumexps, ratios, tuple(grid), out)
 
 
 def _aggregate(
@@ -75,8 +104,10 @@ def _aggregate_fake(queries: list[Tensor], *rest: Any) -> Tensor:
 def _aggregate_maps_into(
     maps: list[Tensor], grids: list[int], ratios: list[float], grid: list[int], out: Tensor, backend: str
 ) -> None:
+    used = _used(ratios)
     run = backends.implementation(backend, "aggregate_maps", maps[0].device, maps[0].dtype, storage=out.dtype)
-    run(maps, _pairs(grids), ratios, tuple(grid), out)
+    with _named(used):
+        run(_of(used, maps), _of(used, _pairs(grids)), _of(used, ratios), tuple(grid), out)
 
 
 def _aggregate_maps(
@@ -134,7 +165,8 @@ def _aggregate_cross(
     run = backends.implementation(
         backend, "aggregate_cross", first.device, first.dtype, width=width, tokens=shares.shape[2]
     )
-    return run(queries, keys, _pairs(grids), scales, shares, tuple(size))
+    with _named(range(len(queries))):
+        return run(queries, keys, _pairs(grids), scales, shares, tuple(size))
 
 
 def _aggregate_cross_fake(queries: list[Tensor], *rest: Any) -> Tensor:

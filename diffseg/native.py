@@ -10,7 +10,7 @@ there, as anywhere else after a fork, until the process has called ``torch.set_n
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .reference import Grid, non_finite_attention
+from .reference import Grid, NonFiniteAttentionError
 
 
 @cache
@@ -82,11 +82,10 @@ class CpuKernels:
         grid: Grid,
         out: Tensor,
     ) -> None:
-        used = _used(ratios)
-        _check_finite(queries, keys, used)
+        _check_finite(queries, keys)
         if logsumexps is not None:
             logsumexps = [logsumexp.float().contiguous() for logsumexp in logsumexps]
-        layers = self._layers(queries, keys, grids, scales, logsumexps, ratios, used)
+        layers = self._layers(queries, keys, grids, scales, logsumexps, ratios)
         _aggregate_into(self._module.aggregate, layers, grid, out)
 
     def aggregate_maps(
@@ -106,7 +105,7 @@ class CpuKernels:
                 ratio=ratios[layer],
                 number=layer,
             )
-            for layer in _by_size(grids, _used(ratios))
+            for layer in _by_size(grids)
         ]
         _aggregate_into(self._module.aggregate_maps, layers, grid, out)
 
@@ -148,17 +147,16 @@ class CpuKernels:
         shares: Tensor,
         size: Grid,
     ) -> Tensor:
-        every = range(len(grids))
-        _check_finite(queries, keys, every)
+        _check_finite(queries, keys)
         shares = shares.contiguous()
         batch_size, words, tokens = shares.shape
-        layers = self._layers(queries, keys, grids, scales, None, [1.0] * len(grids), every)
+        layers = self._layers(queries, keys, grids, scales, None, [1.0] * len(grids))
         maps = torch.empty(batch_size, words, *size)
         bad = self._module.aggregate_cross(
             layers, batch_size, shares.data_ptr(), words, tokens, size, maps.data_ptr(), torch.get_num_threads()
         )
         if bad is not None:
-            raise ValueError(non_finite_attention(bad))
+            raise NonFiniteAttentionError(bad)
         return maps
 
     def score_masks(self, maps: Tensor, labels: Tensor, masks: int) -> Tensor:
@@ -179,9 +177,8 @@ class CpuKernels:
         scales: Sequence[float],
         logsumexps: Sequence[Tensor] | None,
         ratios: Sequence[float],
-        used: Iterable[int],
     ) -> list[Any]:
-        """What the kernels call the layers ``used``; they point into the tensors and do not keep them."""
+        """What the kernels call the layers; they point into the tensors and do not keep them."""
         return [
             self._module.Layer(
                 queries=self._view(queries[layer]),
@@ -194,7 +191,7 @@ class CpuKernels:
                 ratio=ratios[layer],
                 number=layer,
             )
-            for layer in _by_size(grids, used)
+            for layer in _by_size(grids)
         ]
 
     def _view(self, tensor: Tensor) -> Any:
@@ -235,7 +232,7 @@ class CudaKernels:
             queries, keys = ([_rows_of_16_bytes(layer) for layer in layers] for layers in (queries, keys))
             if logsumexps is not None:
                 logsumexps = [logsumexp.float().contiguous() for logsumexp in logsumexps]
-            layers = self._layers(queries, keys, grids, scales, logsumexps, ratios, _used(ratios))
+            layers = self._layers(queries, keys, grids, scales, logsumexps, ratios)
             attention, output = self._output(grid, out)
             name = _name(queries[0].dtype)
             workspace = self._workspace(self._module.aggregate_workspace(layers, name, output), attention)
@@ -253,10 +250,8 @@ class CudaKernels:
         with self._on(maps[0].device) as queue:
             maps = [layer if layer.stride(3) == 1 else layer.contiguous() for layer in maps]
             layers = [
-                self._module.MapLayer(
-                    maps=self._view(maps[layer]), heads=maps[layer].shape[1], grid=grids[layer], ratio=ratios[layer]
-                )
-                for layer in _used(ratios)
+                self._module.MapLayer(maps=self._view(layer), heads=layer.shape[1], grid=layer_grid, ratio=ratio)
+                for layer, layer_grid, ratio in zip(maps, grids, ratios, strict=True)
             ]
             attention, output = self._output(grid, out)
             workspace = self._workspace(self._module.aggregate_maps_workspace(layers, output), attention)
@@ -306,8 +301,7 @@ class CudaKernels:
             queries, keys = ([_rows_of_16_bytes(layer) for layer in layers] for layers in (queries, keys))
             shares = shares.contiguous()
             batch_size, count, tokens = shares.shape
-            every = range(len(grids))
-            layers = self._layers(queries, keys, grids, scales, None, [1.0] * len(grids), every)
+            layers = self._layers(queries, keys, grids, scales, None, [1.0] * len(grids))
             words = self._module.Words(shares=shares.data_ptr(), count=count, tokens=tokens)
             maps = torch.empty(batch_size, count, *size, dtype=torch.float32, device=shares.device)
             workspace = self._workspace(self._module.aggregate_cross_workspace(layers, words, batch_size, size), maps)
@@ -343,9 +337,8 @@ class CudaKernels:
         scales: Sequence[float],
         logsumexps: Sequence[Tensor] | None,
         ratios: Sequence[float],
-        used: Iterable[int],
     ) -> list[Any]:
-        """What the kernels call the layers ``used``; they point into the tensors and do not keep them."""
+        """What the kernels call the layers; they point into the tensors and do not keep them."""
         return [
             self._module.Layer(
                 queries=self._view(queries[layer]),
@@ -357,7 +350,7 @@ class CudaKernels:
                 scale=scales[layer],
                 ratio=ratios[layer],
             )
-            for layer in used
+            for layer in range(len(grids))
         ]
 
     def _view(self, tensor: Tensor) -> Any:
@@ -394,21 +387,16 @@ def _rows_of_16_bytes(tensor: Tensor) -> Tensor:
     return copy
 
 
-def _used(ratios: Sequence[float]) -> list[int]:
-    """The layers that have a share in A_f."""
-    return [layer for layer, ratio in enumerate(ratios) if ratio > 0]
-
-
-def _check_finite(queries: Sequence[Tensor], keys: Sequence[Tensor], layers: Iterable[int]) -> None:
+def _check_finite(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
     """A score of -inf leaves finite attention behind, which the kernels cannot see."""
-    for layer in layers:
-        if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in (queries[layer], keys[layer])):
-            raise ValueError(non_finite_attention(layer))
+    for layer, tensors in enumerate(zip(queries, keys, strict=True)):
+        if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in tensors):
+            raise NonFiniteAttentionError(layer)
 
 
-def _by_size(grids: Sequence[Grid], layers: Iterable[int]) -> list[int]:
-    """``layers`` in order of their grids, as the kernels expect them: those of one grid together, the largest last."""
-    return sorted(layers, key=lambda layer: (grids[layer][0] * grids[layer][1], grids[layer]))
+def _by_size(grids: Sequence[Grid]) -> list[int]:
+    """The layers in order of their grids, as the kernels expect them: those of one grid together, the largest last."""
+    return sorted(range(len(grids)), key=lambda layer: (grids[layer][0] * grids[layer][1], grids[layer]))
 
 
 def _aggregate_into(run: Any, layers: list[Any], grid: Grid, out: Tensor) -> None:
@@ -416,7 +404,7 @@ def _aggregate_into(run: Any, layers: list[Any], grid: Grid, out: Tensor) -> Non
     attention = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     bad = run(layers, grid, len(out), attention.data_ptr(), torch.get_num_threads())
     if bad is not None:
-        raise ValueError(non_finite_attention(bad))
+        raise NonFiniteAttentionError(bad)
     _store(attention, out)
 
 

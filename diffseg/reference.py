@@ -25,6 +25,17 @@ _PIXELS_AT_ONCE = 65536  # pixels whose membership in all masks exists at one ti
 _LARGEST_DEVICE_WALK = 1024  # proposals: beyond it (anchors > 32) the greedy walk is taken to the host
 
 
+class NonFiniteAttentionError(Exception):
+    """NaN or infinity in the attention of ``layer``, of those that a backend was given; :mod:`diffseg.library` says it.
+
+    Every backend raises it where looking costs no wait.
+    """
+
+    def __init__(self, layer: int) -> None:
+        super().__init__(layer)
+        self.layer = layer
+
+
 def aggregate(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
@@ -81,8 +92,6 @@ def _aggregate(
     for item in range(len(out)):
         total = torch.zeros(height, width, cells, dtype=compute, device=out.device)
         for layer, ((rows, columns), ratio) in enumerate(zip(grids, ratios, strict=True)):
-            if ratio == 0:
-                continue
             averaged = layer_map(layer, item, compute)
             _check_finite(layer, averaged)
             upsampled = F.interpolate(
@@ -129,15 +138,7 @@ def aggregate_cross(
 def _check_finite(layer: int, *tensors: Tensor) -> None:
     """On the CPU, where looking costs no wait. A score of -inf leaves finite attention behind: look at inputs too."""
     if any(tensor.device.type == "cpu" and not bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise ValueError(non_finite_attention(layer))
-
-
-def non_finite_attention(layer: int) -> str:
-    """The message with which every backend reports NaN or infinity in the attention of a layer."""
-    return (
-        f"layer {layer}: expected finite attention, found NaN or infinity (in float16 the network may have overflowed: "
-        "use bfloat16 or float32)"
-    )
+        raise NonFiniteAttentionError(layer)
 
 
 def merge(

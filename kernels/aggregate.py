@@ -60,7 +60,7 @@ _SMALLEST = tl.constexpr(SMALLEST_PROBABILITY)
 
 
 class _Group(NamedTuple):
-    """Layers with a share in A_f, of one grid, whose tensors are laid out alike: one launch."""
+    """Layers of one grid whose tensors are laid out alike: one launch."""
 
     grid: Grid
     layers: list[int]
@@ -87,7 +87,7 @@ def aggregate(
         for layer, query in enumerate(queries)
     ]
     layouts = [(q.shape, q.stride(), k.stride(), row.stride()) for q, k, row in zip(queries, keys, rows, strict=True)]
-    groups = _groups(grids, ratios, layouts)
+    groups = _groups(grids, layouts)
     words = []
     for layer in (layer for group in groups for layer in group.layers):
         share = ratios[layer] / queries[layer].shape[1]
@@ -121,7 +121,7 @@ def aggregate_maps(
     As :func:`diffseg.reference.aggregate_maps`.
     """
     batch_size, device = maps[0].shape[0], maps[0].device
-    groups = _groups(grids, ratios, [(layer.shape, layer.stride()) for layer in maps])
+    groups = _groups(grids, [(layer.shape, layer.stride()) for layer in maps])
     words = []
     for layer in (layer for group in groups for layer in group.layers):
         words += [maps[layer].data_ptr(), 0, 0, _pack(ratios[layer], 0.0)]
@@ -149,12 +149,11 @@ def _pack(first: float, second: float) -> int:
     return packed
 
 
-def _groups(grids: Sequence[Grid], ratios: Sequence[float], layouts: Sequence[object]) -> list[_Group]:
+def _groups(grids: Sequence[Grid], layouts: Sequence[object]) -> list[_Group]:
     """Layers of equal grid and layout together, the smallest grids first."""
     members: dict[tuple[Grid, object], list[int]] = {}
-    for layer, (grid, ratio, layout) in enumerate(zip(grids, ratios, layouts, strict=True)):
-        if ratio > 0:
-            members.setdefault((grid, layout), []).append(layer)
+    for layer, (grid, layout) in enumerate(zip(grids, layouts, strict=True)):
+        members.setdefault((grid, layout), []).append(layer)
     groups: list[_Group] = []
     table = 0
     for (grid, _), layers in sorted(members.items(), key=lambda item: _cells(item[0][0])):

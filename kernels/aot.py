@@ -111,11 +111,13 @@ def record_maps(network: Network, dtype: torch.dtype, target: Target) -> list[la
         for _ in range(number)
     ]
     output = ops.output_grid(grids)
-    ratios = [1 / len(grids)] * len(grids)
-    low = [0.0 if grid == output else ratio for grid, ratio in zip(grids, ratios, strict=True)]
+    low = [layer for layer, grid in enumerate(grids) if grid != output]
     with launch.recording(target.generation, hip=target.gpu.backend == "hip") as launches:
-        aggregate.aggregate_maps(maps, grids, ratios, output, _attention(output))
-        aggregate.aggregate_maps(maps, grids, low, output, _attention(output))
+        for layers in (range(len(grids)), low):
+            aggregate.aggregate_maps(
+                [maps[layer] for layer in layers], [grids[layer] for layer in layers], [1 / len(layers)] * len(layers),
+                output, _attention(output),
+            )  # fmt: skip
     return launches
 
 
