@@ -33,14 +33,16 @@ from .reference import Grid
 
 _DEFAULT_SCALE = (AttnProcessor2_0, FusedAttnProcessor2_0)  # scale by d ** -0.5, whatever attn.scale says
 _OWN_SCALE = (AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor)  # scale by attn.scale, without norm_q, norm_k
+_STOCK = _DEFAULT_SCALE + _OWN_SCALE
 _PARTS = ("down_blocks", "mid_block", "up_blocks")  # in forward order
 
 
 class AttentionRecord:
     """What one forward pass of a UNet left behind: one item a recorded layer, in forward order.
 
-    It is of the last pass that ran to its end inside :func:`record_attention`, and empty as long as there is none. Its
-    lists are arguments of :func:`diffseg.segment` and :func:`diffseg.aggregate` as they are, those of cross-attention
+    It is of the last pass that ran to its end inside :func:`record_attention`, and empty as long as there is none; from
+    :meth:`diffseg.DiffSegPipeline.record` and its like it is of that pass, which may have ended earlier. Its lists are
+    arguments of :func:`diffseg.segment` and :func:`diffseg.aggregate` as they are, those of cross-attention
     of :func:`diffseg.aggregate_cross`.
     """
 
@@ -91,7 +93,10 @@ class AttentionRecord:
         return [layer.name for layer in self._settled()]
 
     def aggregate(self, **options: Any) -> Tensor:
-        """A_f [B, N, N] of the recorded self-attention: :func:`diffseg.aggregate` with ``options``, such as weights."""
+        """A_f [B, N, N] of the recorded self-attention: :func:`diffseg.aggregate` with ``options``, such as weights.
+
+        Its ``grid`` is :attr:`output_grid` unless another is given.
+        """
         return ops.aggregate(
             self.queries, self.keys, grids=self.grids, scales=self.scales, logsumexps=self.logsumexps,
             **{"grid": self.output_grid, **options},
@@ -162,17 +167,23 @@ def record_attention(unet: Any, *, cross: bool = False) -> Iterator[AttentionRec
 
 
 def count_layers(unet: UNet2DConditionModel) -> int:
-    """The number of its self-attention layers."""
-    return len(_attention_layers(unet, cross=False))
+    """The number of its self-attention layers; counted once, which takes longer than it may cost each call."""
+    if unet not in _LAYER_COUNTS:
+        _LAYER_COUNTS[unet] = len(_attention_layers(unet, cross=False))
+    return _LAYER_COUNTS[unet]
 
 
 def record_pass(unet: Any, *inputs: Any, layers: int | None = None, **more: Any) -> AttentionRecord:
     """What :func:`record_attention` records of one call of ``unet`` that is made for nothing else.
 
     The pass ends where the last of the first ``layers`` self-attention layers (None: of all) has been recorded, unless
-    somebody may wait for its end: hooks that look at outputs or move weights, or compiled code.
+    somebody may wait for its end: hooks, which look at what passes or move weights, attention processors that keep what
+    they see, or compiled code.
+
+    Raises:
+        ValueError, TypeError: as :func:`record_attention`; ValueError if the pass left out a layer before the last.
     """
-    whole = hasattr(unet, "_orig_mod") or any(map(_is_altered, unet.modules()))
+    whole = hasattr(unet, "_orig_mod") or _has_global_hooks() or any(map(_is_altered, unet.modules()))
     with record_attention(unet) as record:
         recorder = cast(_Recorder, record._recorder)
         if not whole:
@@ -181,6 +192,12 @@ def record_pass(unet: Any, *inputs: Any, layers: int | None = None, **more: Any)
             unet(*inputs, **more)
         except _PassEnded:
             recorder.end()
+        names = recorder.names
+        if record.names != names[: len(record.names)]:
+            missing = next(name for name in names if name not in record.names)
+            raise ValueError(
+                f"unet: expected self-attention in the order of its modules, but {missing} was passed over"
+            )
     return record
 
 
@@ -188,10 +205,24 @@ class _PassEnded(Exception):  # noqa: N818  (no error)
     """All layers that are wanted have been recorded."""
 
 
+def _has_global_hooks() -> bool:
+    """Whether PyTorch calls hooks in every module."""
+    everywhere = torch.nn.modules.module
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+
+
 def _is_altered(module: torch.nn.Module) -> bool:
-    """By forward hooks of PyTorch, by those of accelerate and diffusers, which replace ``forward``, or by compiling."""
-    compiled = getattr(module, "_compiled_call_impl", None) is not None
-    return compiled or bool(module._forward_hooks) or "forward" in vars(module)
+    """By hooks of PyTorch, by those of accelerate and diffusers, which replace ``forward``, by compiling, or by
+    somebody's own attention processor.
+
+    Hooks that have been removed leave the module's own ``forward`` behind, as an attribute of the object.
+    """
+    if module._forward_hooks or module._forward_pre_hooks or getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    forward = vars(module).get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        return True
+    return isinstance(module, Attention) and type(module.get_processor()) not in _STOCK
 
 
 def _set_processors(layers: dict[str, Attention], processors: Mapping[str, Any]) -> None:
@@ -218,6 +249,11 @@ class _Recorder:
         self._latent: Grid = (0, 0)
         self._output_grid: Grid = (0, 0)
         self._complete = False
+
+    @property
+    def names(self) -> list[str]:
+        """Of all layers that could be recorded."""
+        return list(self._processors)
 
     def prepare(self, layers: dict[str, Attention], levels: int) -> dict[str, _RecordingProcessor]:
         """The processors that stand in for those of ``layers``, in a UNet of so many levels."""
@@ -266,6 +302,8 @@ class _Recorder:
 
 _RECORDERS: tuple[WeakKeyDictionary[UNet2DConditionModel, _Recorder], ...] = (WeakKeyDictionary(), WeakKeyDictionary())
 """Of self-attention and of cross-attention."""
+
+_LAYER_COUNTS: WeakKeyDictionary[UNet2DConditionModel, int] = WeakKeyDictionary()
 
 
 class _RecordingProcessor:
@@ -415,8 +453,8 @@ def _obstacle(attn: Attention, processor: Any) -> str | None:
     kind = type(processor)
     if isinstance(processor, _RecordingProcessor):
         return "it is being recorded already"
-    if kind not in _DEFAULT_SCALE + _OWN_SCALE:
-        return f"expected one of {', '.join(known.__name__ for known in _DEFAULT_SCALE + _OWN_SCALE)}"
+    if kind not in _STOCK:
+        return f"expected one of {', '.join(known.__name__ for known in _STOCK)}"
     default = (attn.inner_dim // attn.heads) ** -0.5
     if kind in _DEFAULT_SCALE and not math.isclose(attn.scale, default):
         return f"it scales by {default:.6g}, but the layer asks for {attn.scale:.6g}"

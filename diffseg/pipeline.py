@@ -480,6 +480,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         with attention_memory(pixels, grid) as out:
             with clock("aggregate"):
                 attention = _aggregated(record, options, out)
+            del record  # queries and keys
             with clock("merge"):
                 proposals = ops.merge(
                     attention,

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
@@ -24,10 +25,10 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 from diffusers.models.embeddings import IPAdapterPlusImageProjection
+from pipelines import modules_run
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 import diffseg
 from diffseg import AttentionRecord, capture, record_attention
@@ -273,26 +274,16 @@ def test_nothing_outlives_the_record_and_the_unet(fails: bool) -> None:
     assert model() is None
 
 
-@contextlib.contextmanager
-def noted(unet: UNet2DConditionModel) -> Iterator[list[str]]:
-    """The modules that run inside; by a hook of no module's own."""
-    names = {id(module): name for name, module in unet.named_modules()}
-    ran: list[str] = []
-    hook = register_module_forward_pre_hook(lambda module, _: ran.append(names.get(id(module), "")))
-    try:
-        yield ran
-    finally:
-        hook.remove()
-
-
 @pytest.mark.parametrize(("layout", "layers"), [("sd1", 1), ("sd1", 3), ("sd1", 7), ("sd2", None), ("sdxl", 4)])
 def test_a_pass_for_the_record_ends_where_it_is_complete(layout: str, layers: int | None) -> None:
     unet = shared_unet(layout)
     inputs = unet_inputs(unet, 1, 20, 12)
     full, output = recorded(unet, inputs)
     own = dict(unet.attn_processors)
-    with noted(unet) as ran:
+    with modules_run() as modules:
         record = record_pass(unet, layers=layers, **inputs)
+    names = {module: name for name, module in unet.named_modules()}
+    ran = [names[module] for module in modules]
     assert record.names == full.names[:layers]
     assert record.output_grid == full.output_grid == max(full.grids)
     for found, expected in zip(record.queries + record.keys, full.queries[:layers] + full.keys[:layers], strict=True):
@@ -305,8 +296,20 @@ def test_a_pass_for_the_record_ends_where_it_is_complete(layout: str, layers: in
     assert torch.equal(forward(unet, inputs), output)
 
 
+def discard(_: Any) -> None:
+    """What a lambda returns, where nothing is to be."""
+
+
 def hook_on(module: Any) -> None:
     module.register_forward_hook(lambda *_: None)
+
+
+def keep_what_is_seen(unet: UNet2DConditionModel) -> None:
+    class Keeping(AttnProcessor2_0):
+        pass
+
+    name = next(name for name in reversed(unet.attn_processors) if "attn2" in name)
+    unet.get_submodule(name.removesuffix(".processor")).set_processor(Keeping())
 
 
 def offload(module: Any) -> None:
@@ -318,12 +321,23 @@ def offload(module: Any) -> None:
     [
         hook_on,
         lambda unet: hook_on(unet.up_blocks[-1].resnets[0]),
+        lambda unet: discard(unet.conv_out.register_forward_pre_hook(lambda *_: None)),
+        keep_what_is_seen,
         lambda unet: offload(unet.conv_out),
         lambda unet: unet.compile(backend="eager", fullgraph=True),
         lambda unet: unet.compile_repeated_blocks(backend="eager", fullgraph=True),
         lambda unet: torch.compile(unet, backend="eager", fullgraph=True),
     ],
-    ids=["hook", "hook of a part", "accelerate", "compiled in place", "compiled in part", "compiled"],
+    ids=[
+        "hook",
+        "hook of a part",
+        "pre-hook",
+        "processor",
+        "accelerate",
+        "compiled in place",
+        "compiled in part",
+        "compiled",
+    ],
 )
 def test_a_pass_for_the_record_runs_to_its_end_where_somebody_may_wait_for_it(alter: Callable[[Any], Any]) -> None:
     torch.compiler.reset()
@@ -334,6 +348,44 @@ def test_a_pass_for_the_record_runs_to_its_end_where_somebody_may_wait_for_it(al
     record = record_pass(unet if altered is None else altered, layers=2, **inputs)
     assert record.names == full.names
     assert len(record.names) > 2
+
+
+@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+def test_a_pass_for_the_record_runs_to_its_end_under_hooks_of_all_modules(register: str) -> None:
+    unet = shared_unet("sd1")
+    seen = []
+    hook = getattr(torch.nn.modules.module, register)(lambda module, *_: seen.append(module))
+    try:
+        record = record_pass(unet, layers=1, **unet_inputs(unet, 1, 8, 8))
+    finally:
+        hook.remove()
+    assert len(record.names) == 16
+    assert unet.conv_out in seen
+
+
+@pytest.mark.parametrize("library", ["accelerate", "diffusers"])
+def test_a_pass_for_the_record_ends_early_after_hooks_have_been_removed(library: str) -> None:
+    unet = tiny_unet("sd2", **TWO_LEVELS)
+    if library == "accelerate":
+        offload(unet.conv_out)
+        accelerate.hooks.remove_hook_from_module(unet.conv_out)
+    else:
+        registry = HookRegistry.check_if_exists_or_initialize(unet.conv_out)
+        registry.register_hook(ModelHook(), "test")
+        registry.remove_hook("test")
+    assert "forward" in vars(unet.conv_out)
+    assert len(record_pass(unet, layers=1, **unet_inputs(unet, 1, 8, 8)).names) == 1
+
+
+def test_a_layer_that_is_passed_over_is_reported() -> None:
+    """Shares are given by the number of a layer."""
+    unet = tiny_unet("sd2", **TWO_LEVELS)
+    blocks = unet.down_blocks[0]
+    blocks.attentions[0].forward = lambda hidden_states, **_: (hidden_states,)
+    first = next(name for name in unet.attn_processors if "attn1" in name).removesuffix(".processor")
+    for layers in (2, None):
+        with pytest.raises(ValueError, match=f"in the order of its modules, but {first} was passed over"):
+            record_pass(unet, layers=layers, **unet_inputs(unet, 1, 8, 8))
 
 
 def test_a_record_that_ends_early_aggregates_on_the_grid_of_all() -> None:

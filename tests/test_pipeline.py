@@ -9,8 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models import modeling_utils
 from PIL import Image
-from pipelines import picture, quiet
-from torch.nn.modules.module import register_module_forward_pre_hook
+from pipelines import modules_run, picture, quiet
 
 import diffseg
 from diffseg import images, ops, testing
@@ -86,9 +85,7 @@ def test_the_pass_ends_after_the_last_layer_that_has_a_share(pipe):
     weights = [0.0, 0.0, 1.0, 0.5] + [0.0] * 12
     expected = record.aggregate(weights=weights)
     blocks = [pipe.unet.down_blocks[1], pipe.unet.down_blocks[2], pipe.unet.mid_block, pipe.unet.conv_out]
-    ran = []
-    hook = register_module_forward_pre_hook(lambda module, _: ran.append(module))
-    try:
+    with modules_run() as ran:
         attention, grid = pipe.attention(image, weights=weights)
         assert [block in ran for block in blocks] == [True, False, False, False]
         ran.clear()
@@ -97,8 +94,6 @@ def test_the_pass_ends_after_the_last_layer_that_has_a_share(pipe):
         ran.clear()
         pipe(image)
         assert [block in ran for block in blocks] == [True, True, True, False]
-    finally:
-        hook.remove()
     assert grid == record.output_grid == (16, 16)
     assert torch.equal(attention, expected)
     proposals = diffseg.merge(expected, grid=grid, threshold=THRESHOLD)
