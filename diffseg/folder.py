@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ def segment_files(
     """Segments files and writes each one's labels and overlay: whole files, and both unless the process is killed
     between their renames.
 
-    An image that fails does not stop the others, nor those of its own batch. A few batches and up to 16 more images
+    An image that fails does not stop the others, nor those of its own batch. Up to some ten batches and 16 more images
     are in memory at one time.
 
     Args:
@@ -165,10 +166,17 @@ def _passes_at_a_time(pipe: Any, jobs: int, batch_size: int, options: dict[str, 
 @contextmanager
 def _pools(passes: int, files: int) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor, ThreadPoolExecutor]]:
     """Threads that read ``files`` at a time, threads for ``passes`` at a time, which share torch's, and that write."""
-    threads = torch.get_num_threads()
+    threads, beginning = torch.get_num_threads(), Lock()
+    Image.init()  # not safe where several threads open their first image
+
+    def begin(torch_threads: int) -> None:
+        """A thread takes the number that was set last, by any thread, when it first asks for it."""
+        with beginning:
+            torch.set_num_threads(torch_threads)
+            torch.get_num_threads()
 
     def pool(workers: int, torch_threads: int) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(torch_threads,))
+        return ThreadPoolExecutor(workers, initializer=begin, initargs=(torch_threads,))
 
     try:
         with pool(files, 1) as readers, pool(files, 1) as writers, pool(passes, threads // passes) as networks:

@@ -54,6 +54,8 @@ def _take(length: int) -> Tensor:
 
 
 def _keep(memory: Tensor) -> None:
+    if memory.nbytes > _MOST_KEPT:
+        return
     with _lock:
         _kept.append(memory)
         while sum(each.nbytes for each in _kept) > _MOST_KEPT:

@@ -439,8 +439,9 @@ def resolve_weights(weights: Weights, grids: Sequence[Grid]) -> list[float]:
         shares = check_numbers("weights", weights, len(grids))
         if min(shares) < 0 or sum(shares) <= 0:
             raise ValueError(f"weights: expected no negative share and a positive sum, got {shares}")
-    total = sum(shares)
-    return [share / total for share in shares]
+    largest = max(shares)  # by which the sum stays finite
+    total = sum(share / largest for share in shares)
+    return [share / largest / total for share in shares]
 
 
 def _token_shares(tokens: Any, batch_size: int, length: int, device: torch.device) -> Tensor:

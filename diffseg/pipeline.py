@@ -180,8 +180,8 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             anchors: anchors a side; on a grid whose shorter side is less, that many.
             iterations, rule, backend: as in :func:`diffseg.merge`.
             weights: of the layers, as in :func:`diffseg.aggregate`; None: the checkpoint's own, usually
-                ``"proportional"``. The UNet's pass ends at the last layer that has a share, unless hooks or compiled
-                code may wait for its end.
+                ``"proportional"``. The UNet's pass ends at the last layer that has a share, unless hooks,
+                attention processors of somebody's own or compiled code may wait for its end.
             refine: add k-means refinement (:func:`diffseg.refine`).
             timestep: at which the UNet is read; None: the checkpoint's own, usually 300.
             processing_resolution: the longer side, in pixels, at which the image is processed, or (height, width);

@@ -79,7 +79,11 @@ def _alone_in(folder: Path) -> Iterator[None]:
     could lock a file that is removed, the other its successor.
     """
     _make(folder)
-    with (folder / _LOCK).open("a+") as file:
+    try:
+        file = (folder / _LOCK).open("a+")
+    except OSError as error:
+        raise UsageError(f"--output: {error}") from error
+    with file:
         if not _lock(file.fileno()):
             file.seek(0)
             raise UsageError(

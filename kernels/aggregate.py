@@ -90,10 +90,10 @@ def aggregate(
     groups = _groups(grids, layouts)
     words = []
     for layer in (layer for group in groups for layer in group.layers):
-        share = ratios[layer] / queries[layer].shape[1]
+        share = math.log2(ratios[layer]) - math.log2(queries[layer].shape[1])
         if _divides(grids[layer], output):  # upsampling multiplies the sum of a map by N / n
-            share *= _cells(grids[layer]) / _cells(output)
-        exponent = _pack(scales[layer] * math.log2(math.e), math.log2(share))
+            share += math.log2(_cells(grids[layer]) / _cells(output))
+        exponent = _pack(scales[layer] * math.log2(math.e), share)
         words += [queries[layer].data_ptr(), keys[layer].data_ptr(), rows[layer].data_ptr(), exponent]
     staged = _Staging(groups, output, batch_size, device)
     table = integers_on_device(words + staged.words(), device)

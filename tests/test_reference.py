@@ -179,6 +179,8 @@ class TestWeights:
         assert resolve_weights("per_layer", [(4, 4), (4, 4), (2, 2)]) == pytest.approx([0.4, 0.4, 0.2])
         assert resolve_weights("literal", [(4, 4), (4, 4), (2, 2)]) == pytest.approx([0.25, 0.25, 0.5])
         assert resolve_weights([1, 0, 3], [(4, 4), (4, 4), (2, 2)]) == pytest.approx([0.25, 0, 0.75])
+        for huge_or_tiny in (1e308, 1e-308):
+            assert resolve_weights([huge_or_tiny] * 4, [(2, 2)] * 4) == [0.25] * 4
 
     def test_equal_cells_but_other_shapes_are_other_grids(self) -> None:
         assert resolve_weights("proportional", [(8, 8), (2, 2), (1, 4)]) == pytest.approx([8 / 12, 2 / 12, 2 / 12])

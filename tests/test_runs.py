@@ -185,6 +185,18 @@ def test_where_files_cannot_be_locked_runs_go_on(tmp_path, monkeypatch):
         assert (tmp_path / "settings.json").exists()
 
 
+def test_a_folder_that_cannot_be_locked_since_nothing_can_be_written(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(runs.Path, "open", refuse)
+    with (
+        pytest.raises(runs.UsageError, match=r"--output: .*Permission denied"),
+        runs.claimed(runs.processes("cpu"), tmp_path, {"a": 1}),
+    ):
+        pass
+
+
 def test_an_output_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(runs.UsageError, match=r"--output: expected a folder, .*file is a file"):

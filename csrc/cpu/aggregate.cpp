@@ -42,7 +42,7 @@ void add_scaled(float* to, float factor, const float* from, int64_t length) {
 // The layers of one grid.
 struct Level {
     Grid grid;
-    int64_t first, last;  // layers [first, last); none may be on the output grid
+    int64_t first, last;  // layers [first, last); empty where none is on the output grid
     float* wide;          // [n, grid.height, width of the output]; null for the output grid itself
     Tap *down, *across;   // taps of the output's rows and columns
     float* share;         // [n rounded up to kWide] each cell's weight in the sum of an upsampled map
