@@ -173,10 +173,12 @@ def count_layers(unet: UNet2DConditionModel) -> int:
     return _LAYER_COUNTS[unet]
 
 
-def record_pass(unet: Any, *inputs: Any, layers: int | None = None, **more: Any) -> AttentionRecord:
+def record_pass(
+    unet: Any, *inputs: Any, layers: int | None = None, cross: bool = False, **more: Any
+) -> AttentionRecord:
     """What :func:`record_attention` records of one call of ``unet`` that is made for nothing else.
 
-    The pass ends where the last of the first ``layers`` self-attention layers (None: of all) has been recorded, unless
+    The pass ends where the last of the first ``layers`` layers of the kind (None: of all) has been recorded, unless
     somebody may wait for its end: hooks, which look at what passes or move weights, attention processors that keep what
     they see, or compiled code.
 
@@ -184,7 +186,7 @@ def record_pass(unet: Any, *inputs: Any, layers: int | None = None, **more: Any)
         ValueError, TypeError: as :func:`record_attention`; ValueError if the pass left out a layer before the last.
     """
     whole = hasattr(unet, "_orig_mod") or _has_global_hooks() or any(map(_is_altered, unet.modules()))
-    with record_attention(unet) as record:
+    with record_attention(unet, cross=cross) as record:
         recorder = cast(_Recorder, record._recorder)
         if not whole:
             recorder.end_after(layers)
@@ -195,9 +197,7 @@ def record_pass(unet: Any, *inputs: Any, layers: int | None = None, **more: Any)
         names = recorder.names
         if record.names != names[: len(record.names)]:
             missing = next(name for name in names if name not in record.names)
-            raise ValueError(
-                f"unet: expected self-attention in the order of its modules, but {missing} was passed over"
-            )
+            raise ValueError(f"unet: expected attention in the order of its modules, but {missing} was passed over")
     return record
 
 

@@ -170,8 +170,8 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> Union[DiffSegOutput, tuple[Any, ...]]:  # noqa: UP007
         """Segments one image or several.
 
-        ``semantic=True`` names the segments (the paper's appendix 8.7): a second pass of VAE and UNet, with a
-        caption instead of the empty prompt, gives the cross-attention; it changes no mask.
+        ``semantic=True`` names the segments (the paper's appendix 8.7): a second pass of the UNet, with a caption
+        instead of the empty prompt, gives the cross-attention; it changes no mask.
 
         Args:
             image: a path, PIL image, array [H, W, C] or tensor [C, H, W] (uint8, uint16, or floats in [0, 1]), or a
@@ -242,11 +242,14 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                 prompts = semantics.prompts(captions, labels, len(pictures))
         found_labels: dict[int, Tensor] = {}
         counts: dict[int, int] = {}
+        latents: dict[int, Tensor] = {}  # for the second pass
         with self.progress_bar(total=len(pictures)) as progress, lock_of(self.unet):
             for batch in _batches(sizes, batch_size):
                 size = sizes[batch[0]]
                 targets = [tuple(pictures[i].shape[1:]) if match_input_resolution else size for i in batch]
-                found = self._segment([pictures[i] for i in batch], size, targets, options, refine, clock)
+                found, encoded = self._segment([pictures[i] for i in batch], size, targets, options, refine, clock)
+                if semantic and encoded is not None:
+                    latents.update(zip(batch, encoded, strict=True))
                 if output_type == "pt":
                     found_labels.update((i, each.clone()) for i, each in zip(batch, found.labels, strict=True))
                     (segments,) = download([found.segments])
@@ -260,7 +263,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             ordered = [found_labels[i] for i in range(len(pictures))]
             named = None
             if semantic:
-                named = self._named(pictures, sizes, ordered, prompts, batch_size, options, fuse, clock)
+                named = self._named(pictures, sizes, latents, ordered, prompts, batch_size, options, fuse, clock)
             self.maybe_free_model_hooks()
 
         output = DiffSegOutput(
@@ -335,7 +338,8 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         clock = _StageClock(None)
 
         def run(pixels: Tensor) -> Segmented:
-            proposals, finite = self._proposals(pixels, options, False, clock, compiled=compile)
+            latents = self._encoded(pixels, clock, compiled=compile)
+            proposals, finite = self._proposals(latents, options, False, clock, compiled=compile)
             return Segmented.at([target] * batch_size, proposals, finite, options.backend)
 
         with lock_of(self.unet):
@@ -370,7 +374,8 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         options = self.options(weights=weights, timestep=timestep, backend=backend)
         pixels = self._one(image, processing_resolution)
         with lock_of(self.unet):
-            record = self._record(pixels, options, _StageClock(None))
+            clock = _StageClock(None)
+            record = self._record(self._encoded(pixels, clock), options, clock)
             attention = _aggregated(record, options)
             self.maybe_free_model_hooks()
         return attention, record.output_grid
@@ -390,7 +395,8 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         options = self.options(timestep=timestep, weights="proportional")  # all layers
         pixels = self._one(image, processing_resolution)
         with lock_of(self.unet):
-            record = self._record(pixels, options, _StageClock(None))
+            clock = _StageClock(None)
+            record = self._record(self._encoded(pixels, clock), options, clock)
             self.maybe_free_model_hooks()
         return record
 
@@ -443,22 +449,27 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         options: Options,
         refine: bool,
         clock: "_StageClock",
-    ) -> Segmented:
-        """A batch of pictures [3, H, W] processed at ``size``, its labels at ``targets``; recorded or eager."""
+    ) -> tuple[Segmented, Union[Tensor, None]]:  # noqa: UP007
+        """A batch of pictures [3, H, W] processed at ``size``, its labels at ``targets``; recorded or eager.
+
+        Also what the UNet read, unless that stays inside a recording.
+        """
+        latents = None
         recording = None
         if not refine and clock.device is None:  # diffusers walks all modules to say where it runs: nobody asks here
             recording = self._recordings.find(Shape(len(pictures), size), options, self._networks())
         if recording is None:
             with clock("preprocess"):
                 pixels = self._uploaded(pictures, size)
-            proposals, finite = self._proposals(pixels, options, refine, clock)
+            latents = self._encoded(pixels, clock)
+            proposals, finite = self._proposals(latents, options, refine, clock)
         else:
             found = recording(pictures)
             if [tuple(each.shape) for each in found.labels] == targets:
-                return found
+                return found, None
             proposals, finite = found.proposals, found.finite
         with clock("label"):
-            return Segmented.at(targets, proposals, finite, options.backend)
+            return Segmented.at(targets, proposals, finite, options.backend), latents
 
     def _uploaded(self, pictures: list[Tensor], size: Grid) -> Tensor:
         """Pixels float32 [B, 3, h, w] in [0, 1] on the device."""
@@ -472,12 +483,12 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         return self._uploaded([picture], self.processed_size((picture.shape[1], picture.shape[2]), resolution))
 
     def _proposals(
-        self, pixels: Tensor, options: Options, refine: bool, clock: "_StageClock", *, compiled: bool = False
+        self, latents: Tensor, options: Options, refine: bool, clock: "_StageClock", *, compiled: bool = False
     ) -> tuple[Proposals, Tensor]:
-        """The proposals of pixels [B, 3, h, w] in [0, 1], and whether each image's attention is finite, bool [B]."""
-        record = self._record(pixels, options, clock, compiled=compiled)
+        """The proposals of a batch of latents, and whether each image's attention is finite, bool [B]."""
+        record = self._record(latents, options, clock, compiled=compiled)
         grid = record.output_grid
-        with attention_memory(pixels, grid) as out:
+        with attention_memory(latents, grid) as out:
             with clock("aggregate"):
                 attention = _aggregated(record, options, out)
             del record  # queries and keys
@@ -498,19 +509,23 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         return proposals, finite
 
     def _record(
-        self, pixels: Tensor, options: Options, clock: "_StageClock", *, compiled: bool = False
+        self, latents: Tensor, options: Options, clock: "_StageClock", *, compiled: bool = False
     ) -> AttentionRecord:
-        """What the UNet leaves behind up to the last layer that has a share, from pixels [B, 3, h, w] in [0, 1]."""
+        """What the UNet leaves behind up to the last layer that has a share."""
         layers = None
         if not isinstance(options.weights, str):
             layers = max(layer for layer, share in enumerate(options.weights) if share > 0) + 1
-        encode, unet = self._compiled if compiled and self._compiled else (self._latents, self.unet)
-        with clock("encode"):
-            latents = encode(pixels)
-        context = self._context(len(pixels), pixels.device).to(latents)
+        unet = self._compiled[1] if compiled and self._compiled else self.unet
+        context = self._context(len(latents), latents.device).to(latents)
         with clock("unet"):
-            steps = torch.full((len(pixels),), options.timestep, device=pixels.device)
+            steps = torch.full((len(latents),), options.timestep, device=latents.device)
             return record_pass(unet, latents, steps, layers=layers, encoder_hidden_states=context)
+
+    def _encoded(self, pixels: Tensor, clock: "_StageClock", *, compiled: bool = False) -> Tensor:
+        """The latents of pixels [B, 3, h, w] in [0, 1]."""
+        encode = self._compiled[0] if compiled and self._compiled else self._latents
+        with clock("encode"):
+            return encode(pixels)
 
     def _latents(self, pixels: Tensor) -> Tensor:
         """What the UNet reads: the VAE's latents, or the pixels in [-1, 1], in the UNet's dtype."""
@@ -547,6 +562,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         self,
         pictures: list[Tensor],
         sizes: list[Grid],
+        latents: dict[int, Tensor],
         labels: list[Tensor],
         prompts: list[semantics.Prompt],
         batch_size: int,
@@ -554,7 +570,10 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         fuse: bool,
         clock: "_StageClock",
     ) -> list[Any]:
-        """The segments of each image, named, from a second pass over those in whose text there is a name."""
+        """The segments of each image, named, from a second pass over those in whose text there is a name.
+
+        ``latents`` are those that the first pass left behind.
+        """
         encoded = [semantics.encode(self.tokenizer, prompt) for prompt in prompts]
         names = dict.fromkeys(name for prompt in prompts for name in prompt.names)
         label_ids = {name: number for number, name in enumerate(names)}
@@ -565,11 +584,14 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                 if not shown:
                     continue
                 size = sizes[batch[0]]
-                latents = self._latents(self._uploaded([pictures[i] for i in shown], size))
+                if all(i in latents for i in shown):
+                    read = torch.stack([latents[i] for i in shown])
+                else:
+                    read = self._latents(self._uploaded([pictures[i] for i in shown], size))
                 maps = semantics.name_maps(
                     self.unet,
                     self.text_encoder,
-                    latents,
+                    read,
                     [encoded[i] for i in shown],
                     options.timestep,
                     size,

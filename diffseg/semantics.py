@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .capture import record_attention
+from .capture import record_pass
 from .checks import describe
 from .reference import Grid
 
@@ -221,8 +221,8 @@ def name_maps(
     """Where each image attends to each name of its prompt, [B, names, *size], zeros where there are fewer names."""
     ids = torch.cat([prompt.ids for prompt in prompts]).to(latents.device)
     context = text_encoder(ids)[0].to(latents)
-    with record_attention(unet, cross=True) as record:
-        unet(latents, torch.full((len(ids),), timestep, device=latents.device), encoder_hidden_states=context)
+    steps = torch.full((len(ids),), timestep, device=latents.device)
+    record = record_pass(unet, latents, steps, cross=True, encoder_hidden_states=context)
     return ops.aggregate_cross(
         record.queries,
         record.keys,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines import picture, quiet
+from pipelines import modules_run, picture, quiet
 from transformers import (
     BertTokenizer,
     BlipConfig,
@@ -252,6 +252,28 @@ def test_the_second_pass_by_hand(pipe: DiffSegPipeline) -> None:
         assert info["score"] == pytest.approx(float(scores.max()), rel=1e-4)
         if abs(scores[0] / scores[1] - 1) > 1e-3:
             assert info["label"] == ["cat", "big bus"][info["label_id"]] == ["cat", "big bus"][int(scores.argmax())]
+
+
+def test_an_image_is_encoded_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the second pass ends where the last cross-attention has been seen. What was recorded is encoded again."""
+    pipe = load(checkpoint)
+    given = [picture(128, 128, seed) for seed in range(3)]
+    options = {"semantic": True, "labels": ["cat", "bus"], "batch_size": 2}
+    encoded = []
+    encode = pipe.vae.encode
+    monkeypatch.setattr(pipe.vae, "encode", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    with modules_run() as ran:
+        once = pipe(given, **options)
+    assert encoded == [2, 1]
+    assert pipe.unet.mid_block in ran
+    assert pipe.unet.conv_out not in ran
+    pipe.warmup(2, 128, 128)
+    encoded.clear()
+    again = pipe(given, **options)
+    assert encoded == [2, 1, 2]
+    for found, expected in zip(again.semantics, once.semantics, strict=True):
+        for info, same in zip(found["segments_info"], expected["segments_info"], strict=True):
+            assert info == {**same, "score": pytest.approx(same["score"], rel=1e-4)}
 
 
 def test_masks_of_one_name_are_one_segment(pipe: DiffSegPipeline) -> None:
