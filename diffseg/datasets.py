@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from .images import SUFFIXES, to_array, to_tensor
+from .images import SUFFIXES, to_array, to_picture
 from .reference import Grid
 
 Labels = NDArray[np.int32]
@@ -190,7 +190,7 @@ class Dataset:
     def load(self, index: int) -> Sample:
         """Reads one sample; a :class:`DatasetError` or an ``ImageError`` names the file that is not as it should be."""
         name, image_path, truth_path = self.items[index]
-        image = to_array(to_tensor(image_path, str(image_path)))
+        image = to_array(to_picture(image_path, str(image_path)))
         truths = self.format.read(truth_path)
         for truth in truths:
             _check_size(image_path, image.shape[:2], truth_path, truth.shape)

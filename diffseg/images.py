@@ -1,4 +1,8 @@
-"""Anything that a caller may call an image, as float32 RGB [3, H, W] in [0, 1]."""
+"""Anything that a caller may call an image, as RGB [3, H, W]: a picture.
+
+Its values are uint8 where the image had 8 bits, a quarter of the memory that they would take as floats, and otherwise
+float32 in [0, 1].
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,12 @@ def as_list(images: Any) -> list[Any]:
 
 
 def to_tensor(image: Any, name: str = "image") -> Tensor:
-    """``image`` as float32 [3, H, W] in [0, 1], on the CPU, or where the tensor was.
+    """``image`` as float32 [3, H, W] in [0, 1]; see :func:`to_picture`."""
+    return _as_float(to_picture(image, name))
+
+
+def to_picture(image: Any, name: str = "image") -> Tensor:
+    """``image`` as uint8, or float32 in [0, 1], [3, H, W], on the CPU, or where the tensor was; maybe its own memory.
 
     Files and PIL images of any mode are turned upright by their EXIF orientation; transparent pixels are laid on white;
     16-bit values are scaled by 65535. Arrays and tensors hold bool, uint8, uint16 or floats in [0, 1].
@@ -85,7 +94,7 @@ def _from_pil(image: Image.Image, name: str) -> Tensor:
     if image.mode == "F":
         return _from_channels(torch.from_numpy(np.array(image))[None], name)
     transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-    return to_tensor(np.array(image.convert("RGBA" if transparent else "RGB")), name)
+    return to_picture(np.array(image.convert("RGBA" if transparent else "RGB")), name)
 
 
 def _check_shape(channels: int, shape: Sequence[int], name: str, kind: str) -> None:
@@ -95,6 +104,8 @@ def _check_shape(channels: int, shape: Sequence[int], name: str, kind: str) -> N
 
 def _from_channels(image: Tensor, name: str) -> Tensor:
     channels, height, width = image.shape
+    if image.dtype == torch.uint8 and channels != 4:
+        return image.expand(3, height, width)
     if image.dtype in (torch.bool, torch.uint8, torch.uint16):
         image = image.float() / {torch.bool: 1, torch.uint8: 255, torch.uint16: 65535}[image.dtype]
     elif image.is_floating_point():
@@ -110,19 +121,27 @@ def _from_channels(image: Tensor, name: str) -> Tensor:
     return image.expand(3, height, width).contiguous()
 
 
-def resize(image: Tensor, size: Sequence[int]) -> Tensor:
-    """[3, H, W] resized to ``size`` (height, width), bilinear with antialiasing."""
+def _as_float(picture: Tensor) -> Tensor:
+    if picture.is_floating_point():
+        return picture
+    return picture.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+def resize(picture: Tensor, size: Sequence[int]) -> Tensor:
+    """The picture resized to ``size`` (height, width), bilinear with antialiasing, float32."""
+    image = _as_float(picture)
     if tuple(image.shape[1:]) == tuple(size):
         return image
     return F.interpolate(image[None], tuple(size), mode="bilinear", align_corners=False, antialias=True)[0]
 
 
-def to_pil(image: Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1] as a PIL image."""
-    return Image.fromarray(to_array(image))
+def to_pil(picture: Tensor) -> Image.Image:
+    """The picture as a PIL image."""
+    return Image.fromarray(to_array(picture))
 
 
-def to_array(image: Tensor) -> NDArray[np.uint8]:
-    """[3, H, W] in [0, 1] as uint8 [H, W, 3]."""
-    array: NDArray[np.uint8] = (image * 255 + 0.5).to(torch.uint8).movedim(0, -1).cpu().numpy()
+def to_array(picture: Tensor) -> NDArray[np.uint8]:
+    """The picture as uint8 [H, W, 3], maybe its own memory."""
+    values = (picture * 255 + 0.5).to(torch.uint8) if picture.is_floating_point() else picture
+    array: NDArray[np.uint8] = values.movedim(0, -1).cpu().numpy()
     return array

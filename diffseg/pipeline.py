@@ -230,7 +230,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         if not given:
             raise ValueError("image: expected at least one image, got an empty list")
         pictures = [
-            image_io.to_tensor(each, "image" if len(given) == 1 else f"image[{i}]") for i, each in enumerate(given)
+            image_io.to_picture(each, "image" if len(given) == 1 else f"image[{i}]") for i, each in enumerate(given)
         ]
         sizes = [self.processed_size((each.shape[1], each.shape[2]), processing_resolution) for each in pictures]
 
@@ -479,7 +479,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def _one(self, image: Any, resolution: Any) -> Tensor:
         """Pixels float32 [1, 3, h, w] in [0, 1] of one image on the device."""
-        picture = image_io.to_tensor(image)
+        picture = image_io.to_picture(image)
         return self._uploaded([picture], self.processed_size((picture.shape[1], picture.shape[2]), resolution))
 
     def _proposals(

@@ -68,7 +68,7 @@ def test_as_one_by_one(pipe, jobs, batch_size):
 @pytest.mark.parametrize("step", ["read", "write"])
 def test_files_are_read_and_written_on_as_many_threads_as_torch_has(pipe, jobs, monkeypatch, step):
     together = threading.Barrier(torch.get_num_threads())
-    module, name = (images, "to_tensor") if step == "read" else (folder, "_write")
+    module, name = (images, "to_picture") if step == "read" else (folder, "_write")
     run = getattr(module, name)
 
     def wait_for_another(*arguments):
@@ -141,7 +141,7 @@ def test_other_errors_end_the_run(pipe, jobs, monkeypatch):
 def test_decoding_and_writing_run_beside_the_network(pipe, jobs, monkeypatch):
     """The network's first pass ends only when the second image is decoded, its third only when one is written."""
     decoded, written = threading.Semaphore(0), threading.Semaphore(0)
-    read, write, call = images.to_tensor, folder._write, DiffSegPipeline.__call__
+    read, write, call = images.to_picture, folder._write, DiffSegPipeline.__call__
     passes, waits = [], []
 
     def reading(*arguments):
@@ -162,7 +162,7 @@ def test_decoding_and_writing_run_beside_the_network(pipe, jobs, monkeypatch):
             waits.append(written.acquire(timeout=20))
         return call(self, pictures, **options)
 
-    monkeypatch.setattr(images, "to_tensor", reading)
+    monkeypatch.setattr(images, "to_picture", reading)
     monkeypatch.setattr(folder, "_write", writing)
     monkeypatch.setattr(DiffSegPipeline, "__call__", passing)
     folder.segment_files(pipe, jobs, {})

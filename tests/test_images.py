@@ -149,3 +149,30 @@ def test_resize_averages_when_shrinking():
 
 def test_to_array_is_the_inverse():
     assert np.array_equal(images.to_array(images.to_tensor(RED)), RED)
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    assert np.array_equal(images.to_array(images.to_tensor(every)), every)
+
+
+@pytest.mark.parametrize("kind", ["array", "greyscale", "tensor", "file", "PIL"])
+def test_8_bits_stay_8_bits(tmp_path, kind):
+    array = np.random.default_rng(0).integers(0, 256, (9, 14, 3), np.uint8)
+    Image.fromarray(array).save(tmp_path / "picture.png")
+    given = {
+        "array": array,
+        "greyscale": array[..., 0],
+        "tensor": torch.from_numpy(array).movedim(-1, 0),
+        "file": tmp_path / "picture.png",
+        "PIL": Image.fromarray(array),
+    }[kind]
+    picture = images.to_picture(given)
+    assert picture.dtype == torch.uint8
+    assert np.array_equal(images.to_array(picture), array if kind != "greyscale" else array[..., :1].repeat(3, 2))
+    for size in ((9, 14), (5, 7), (20, 11)):
+        assert torch.equal(images.resize(picture, size), images.resize(images.to_tensor(given), size))
+        assert images.resize(picture, size).is_contiguous()
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_others_are_floats_or_8_bits(name):
+    image, _ = READABLE[name]
+    assert torch.equal(images.resize(images.to_picture(image), (2, 3)), images.to_tensor(image))

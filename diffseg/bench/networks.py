@@ -161,10 +161,11 @@ def _folder(pipe: Any, row: Row, settings: Settings) -> tuple[Any, ...]:
     def one_by_one(_: Any) -> list[Job]:
         done = jobs("loop")
         for job in done:
-            found = pipe(job.source).labels[0]
+            image = Image.open(job.source).convert("RGB")
+            found = pipe(image).labels[0]
             job.labels.parent.mkdir(exist_ok=True)
             visualize.label_image(found).save(job.labels)
-            Image.fromarray(visualize.overlay(images.to_array(images.to_tensor(job.source)), found)).save(job.overlay)
+            Image.fromarray(visualize.overlay(np.asarray(image), found)).save(job.overlay)
         return done
 
     gate = gates.labels_gate(lambda: read(one_by_one(None)))
@@ -175,7 +176,7 @@ def _folder(pipe: Any, row: Row, settings: Settings) -> tuple[Any, ...]:
 
     return [None], [
         Contender(f"diffseg segment, {FOLDER_IMAGES} files", "subject", at_once, check),
-        Contender("for path in paths: pipe(path)", "baseline", one_by_one, check),
+        Contender("for path in paths: pipe(open(path))", "baseline", one_by_one, check),
     ]
 
 
