@@ -29,7 +29,7 @@ _PASSES_BEFORE_RECORDING = 3  # of one shape, on a GPU
 _RECORDED_SHAPES = 8
 _MOST_FILES = 8  # that are decoded, and that are written, at a time
 _WARMUP_OPTIONS = ("threshold", "anchors", "iterations", "rule", "backend", "processing_resolution")
-_COMPRESSION = 1  # of overlays as PNG: takes a third of the default's time and a quarter more space
+OVERLAY_COMPRESSION = 1  # of overlays as PNG: takes a third of the default's time and a quarter more space
 _FAILURES = (ValueError, OSError)  # of one image; anything else ends the run
 
 
@@ -283,7 +283,7 @@ def _write(job: Job, result: _Result) -> None:
     whole = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in job.outputs}
     try:
         visualize.label_image(result.labels).save(whole[job.labels], format="PNG")
-        Image.fromarray(overlay).save(whole[job.overlay], format="PNG", compress_level=_COMPRESSION)
+        Image.fromarray(overlay).save(whole[job.overlay], format="PNG", compress_level=OVERLAY_COMPRESSION)
         if job.listing is not None:
             listing = json.dumps({"caption": result.caption, "segments_info": result.named}, indent=1)
             whole[job.listing].write_text(listing + "\n", encoding="utf-8")

@@ -136,7 +136,7 @@ def _folder(pipe: Any, row: Row, settings: Settings) -> tuple[Any, ...]:
     from PIL import Image
 
     from .. import images, visualize
-    from ..folder import Job, segment_files
+    from ..folder import OVERLAY_COMPRESSION, Job, segment_files
 
     folder = TemporaryDirectory()
     sources = [Path(folder.name) / f"{index}.jpg" for index in range(FOLDER_IMAGES)]
@@ -165,7 +165,8 @@ def _folder(pipe: Any, row: Row, settings: Settings) -> tuple[Any, ...]:
             found = pipe(image).labels[0]
             job.labels.parent.mkdir(exist_ok=True)
             visualize.label_image(found).save(job.labels)
-            Image.fromarray(visualize.overlay(np.asarray(image), found)).save(job.overlay)
+            overlay = Image.fromarray(visualize.overlay(np.asarray(image), found))
+            overlay.save(job.overlay, compress_level=OVERLAY_COMPRESSION)
         return done
 
     gate = gates.labels_gate(lambda: read(one_by_one(None)))
