@@ -46,9 +46,10 @@ within() {
 
 install() {
     if compgen -G "$root/wheels/*.whl" >/dev/null; then
-        "$python" -m pip install --quiet --no-index --no-deps --upgrade --target /tmp/diffseg-wheels \
-            "$root"/wheels/*.whl || return
-        export PYTHONPATH=/tmp/diffseg-wheels${PYTHONPATH:+:$PYTHONPATH}
+        local packages
+        packages=$(mktemp -d) || return
+        "$python" -m pip install --quiet --no-index --no-deps --target "$packages" "$root"/wheels/*.whl || return
+        export PYTHONPATH=$packages${PYTHONPATH:+:$PYTHONPATH}
     fi
     if [ "$phase" = build-test ] || ! "$python" -c "import diffseg._cuda" 2>/dev/null; then
         "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable . || return

@@ -38,7 +38,8 @@ class Backend:
         """Whether ``op`` runs here on tensors of ``dtype`` on ``device``; or raises a ValueError that says why not.
 
         ``request`` is what else an implementation may limit: ``anchors``, their number; ``width``, the channels of a
-        head; ``storage``, the dtype of A_f; ``tokens``, those of a text. What is left out is within the limits.
+        head; ``storage``, the dtype of A_f; ``lows``, the grids below that of A_f; ``tokens``, those of a text. What is
+        left out is within the limits.
         """
         reason = self._obstacle(op, device, dtype, request)
         if reason is not None and raise_error:
@@ -72,7 +73,7 @@ def _load_cpu() -> Any:
 
 
 def _kernel_limit(
-    device: torch.device, *, anchors: int = 1, width: int = 1, tokens: int = 1, storage: torch.dtype = torch.float32
+    _device: torch.device, *, anchors: int = 1, storage: torch.dtype = torch.float32, **_: Any
 ) -> str | None:
     """What every kernel leaves to the reference."""
     if storage == torch.float64:
@@ -86,8 +87,10 @@ def _load_cuda() -> Any:
     return importlib.import_module("diffseg.native").cuda()
 
 
-def _cuda_limit(device: torch.device, **request: Any) -> str | None:
+def _cuda_limit(device: torch.device, *, lows: int = 0, **request: Any) -> str | None:
     reason: str | None = _load_cuda().obstacle(device)
+    if reason is None and lows > _CUDA_LOWS:
+        return f"expected at most {_CUDA_LOWS} grids below the output's, got {lows}"
     return reason or _kernel_limit(device, **request)
 
 
@@ -112,9 +115,7 @@ def _load_triton() -> SimpleNamespace:
     )
 
 
-def _triton_limit(
-    device: torch.device, *, anchors: int = 1, width: int = 1, tokens: int = 1, storage: torch.dtype = torch.float32
-) -> str | None:
+def _triton_limit(device: torch.device, *, width: int = 1, tokens: int = 1, **request: Any) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"expected a GPU of capability 8.0 or more, got {major}.{minor}"
@@ -122,10 +123,11 @@ def _triton_limit(
         return f"expected heads of at most {_TRITON_WIDTH} channels, got {width}"
     if tokens > _TRITON_TOKENS:
         return f"expected at most {_TRITON_TOKENS} tokens, got {tokens}"
-    return _kernel_limit(device, anchors=anchors, storage=storage)
+    return _kernel_limit(device, **request)
 
 
 _MOST_ANCHORS = 1024
+_CUDA_LOWS = 16  # kMostLows of csrc/cuda/output.cuh
 _TRITON_WIDTH = 256
 _TRITON_TOKENS = 128  # scores of a text stay in registers
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it: when it is imported
@@ -211,7 +213,10 @@ def _warn_of(obstacle: str | None) -> None:
 
 
 def available_backends(device: torch.device | str = "cpu") -> list[str]:
-    """Names of the backends that serve at least one op on float32 tensors on ``device``, the preferred one first."""
+    """Names of the backends that serve at least one op on float32 tensors on ``device``.
+
+    ``"auto"`` takes the first that serves the op, apart from ``"cuda"`` and ``"triton"``, which run by name only.
+    """
     device = torch.device(device)
     return [
         backend.name

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -28,7 +29,6 @@ from . import images, visualize
 _PASSES_BEFORE_RECORDING = 3  # of one shape, on a GPU
 _RECORDED_SHAPES = 8
 _MOST_FILES = 8  # that are decoded, and that are written, at a time
-_WARMUP_OPTIONS = ("threshold", "anchors", "iterations", "rule", "backend", "processing_resolution")
 OVERLAY_COMPRESSION = 1  # of overlays as PNG: takes a third of the default's time and a quarter more space
 _FAILURES = (ValueError, OSError)  # of one image; anything else ends the run
 
@@ -239,7 +239,8 @@ def _record_frequent(pipe: Any, batch: list[_Item], options: dict[str, Any], sha
     shapes[shape] += 1
     recorded = sum(number >= _PASSES_BEFORE_RECORDING for number in shapes.values())
     if shapes[shape] == _PASSES_BEFORE_RECORDING and recorded <= _RECORDED_SHAPES:
-        known = {name: value for name, value in options.items() if name in _WARMUP_OPTIONS}
+        taken = signature(pipe.warmup).parameters
+        known = {name: value for name, value in options.items() if name in taken}
         pipe.warmup(len(batch), *batch[0].picture.shape[1:], **known)
 
 

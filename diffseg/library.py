@@ -48,6 +48,11 @@ def _of(layers: Sequence[int], values: Sequence[T]) -> list[T]:
     return [values[layer] for layer in layers]
 
 
+def _lows(grids: Sequence[Grid], output: Sequence[int]) -> int:
+    """The number of distinct grids below the output's."""
+    return len({*grids} - {tuple(output)})
+
+
 @contextmanager
 def _named(layers: Sequence[int]) -> Iterator[None]:
     """Reports attention that is not finite by its layer's number among the caller's; ``layers``: what a backend got."""
@@ -75,9 +80,12 @@ def _aggregate_into(
     queries, keys, scales, ratios = _of(used, queries), _of(used, keys), _of(used, scales), _of(used, ratios)
     logsumexps = None if logsumexps is None else _of(used, logsumexps)
     first, width = queries[0], max(query.shape[3] for query in queries)
-    run = backends.implementation(backend, "aggregate", first.device, first.dtype, width=width, storage=out.dtype)
+    pairs = _of(used, _pairs(grids))
+    run = backends.implementation(
+        backend, "aggregate", first.device, first.dtype, width=width, storage=out.dtype, lows=_lows(pairs, grid)
+    )
     with _named(used):
-        run(queries, keys, _of(used, _pairs(grids)), scales, logsumexps, ratios, tuple(grid), out)
+        run(queries, keys, pairs, scales, logsumexps, ratios, tuple(grid), out)
 
 
 def _aggregate(
@@ -105,9 +113,12 @@ def _aggregate_maps_into(
     maps: list[Tensor], grids: list[int], ratios: list[float], grid: list[int], out: Tensor, backend: str
 ) -> None:
     used = _used(ratios)
-    run = backends.implementation(backend, "aggregate_maps", maps[0].device, maps[0].dtype, storage=out.dtype)
+    pairs = _of(used, _pairs(grids))
+    run = backends.implementation(
+        backend, "aggregate_maps", maps[0].device, maps[0].dtype, storage=out.dtype, lows=_lows(pairs, grid)
+    )
     with _named(used):
-        run(_of(used, maps), _of(used, _pairs(grids)), _of(used, ratios), tuple(grid), out)
+        run(_of(used, maps), pairs, _of(used, ratios), tuple(grid), out)
 
 
 def _aggregate_maps(

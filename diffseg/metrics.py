@@ -41,18 +41,13 @@ def matched_accuracy(predicted: Labels, truth: Labels) -> float:
     return table_accuracy(confusion(predicted, truth))
 
 
-def matched_iou(predicted: Labels, truth: Labels) -> float:
-    """Mean intersection over union over the true labels under :func:`matching`; one left without a match has 0."""
-    return table_iou(confusion(predicted, truth))
-
-
 def table_accuracy(table: Table) -> float:
     """:func:`matched_accuracy` of a table; NaN without a labelled pixel, as in the functions below."""
     return float(table[matching(table)].sum() / table.sum()) if table.any() else float("nan")
 
 
 def table_iou(table: Table) -> float:
-    """:func:`matched_iou` of a table."""
+    """Mean intersection over union over the true labels under :func:`matching`; one left without a match has 0."""
     if not table.any():
         return float("nan")
     rows, columns = matching(table)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import evaluate, metrics, ops, reference, runs
+from . import evaluate, metrics, reference, runs
 from .checks import RULES, WEIGHT_SCHEMES
 from .datasets import Dataset, Sample
 from .loading import UsageError
@@ -146,7 +146,7 @@ def _tables(pipe: Any, sample: Sample, points: Sequence[Point]) -> runs.Result:
             attention = record.aggregate(weights=weights, backend=alike[0].backend)
             check_finite(attention, sample.name)
             for settings in alike:
-                labels = diffseg_labels(attention, ops.output_grid(record.grids), size, settings)
+                labels = diffseg_labels(attention, record.output_grid, size, settings)
                 entries[settings] = [metrics.entries(metrics.confusion(labels, truth)) for truth in sample.truths]
     return {point.key: entries[point.settings] for point in points}
 

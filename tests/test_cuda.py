@@ -99,6 +99,7 @@ def test_each_gpu_is_probed_once_and_as_the_current_one(
     [
         ({"anchors": 1025}, r"expected at most 1024 anchors \(32 a side\), got 1025"),
         ({"storage": torch.float64}, r"got dtype=torch\.float64"),
+        ({"lows": 17}, "expected at most 16 grids below the output's, got 17"),
     ],
 )
 def test_what_is_beyond_the_kernels_is_refused(built: SimpleNamespace, request_: dict[str, Any], expected: str) -> None:

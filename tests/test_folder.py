@@ -2,6 +2,10 @@
 
 import threading
 from collections import Counter
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
@@ -187,3 +191,18 @@ def test_shapes_that_keep_coming_are_recorded(pipe, jobs):
     assert [shape.size for shape, _ in pipe._recordings._held] == [(16, 16), (6, 16)]
     for job, other in zip(jobs, expected, strict=True):
         assert (labels(job) == other).mean() >= 0.999
+
+
+def test_what_is_recorded_is_what_will_be_called() -> None:
+    """On a GPU; every option of the call that decides the labels reaches the warm-up, and no other does."""
+    warmup = create_autospec(DiffSegPipeline.warmup)
+    pipe = SimpleNamespace(device=torch.device("cuda"), warmup=partial(warmup, None))
+    item = folder._Item(0, torch.zeros(3, 40, 60), (64, 96))
+    options = {
+        "threshold": 0.5, "anchors": 8, "iterations": 2, "rule": "official", "weights": "literal", "timestep": 100,
+        "processing_resolution": 96, "match_input_resolution": False, "backend": "cuda",
+    }  # fmt: skip
+    shapes: Counter[Any] = Counter()
+    for _ in range(5):
+        folder._record_frequent(pipe, [item, item], {**options, "semantic": False, "output_type": "np"}, shapes)
+    warmup.assert_called_once_with(None, 2, 40, 60, **options)

@@ -25,7 +25,7 @@ def test_hand_computed():
     predicted = np.array([[5, 5, 0, 0, 0, 0, 0, 3, 3, 0]])
     # 5 -> 0 (2 pixels), 0 -> 1 (4), 3 -> 2 (2)
     assert metrics.matched_accuracy(predicted, truth) == pytest.approx(0.8)
-    assert metrics.matched_iou(predicted, truth) == pytest.approx((2 / 3 + 4 / 6 + 2 / 3) / 3)
+    assert metrics.table_iou(metrics.confusion(predicted, truth)) == pytest.approx((2 / 3 + 4 / 6 + 2 / 3) / 3)
     # the best overlap of each region: 2/3 of 3 pixels, 4/6 of 4, 2/3 of 3
     assert metrics.covering(metrics.confusion(predicted, truth)) == pytest.approx(
         (3 * 2 / 3 + 4 * 4 / 6 + 3 * 2 / 3) / 10
@@ -35,7 +35,7 @@ def test_hand_computed():
 def test_one_segment_gets_the_largest_region():
     truth = np.array([[0, 1, 1, 2]])
     assert metrics.matched_accuracy(np.zeros_like(truth), truth) == 0.5
-    assert metrics.matched_iou(np.zeros_like(truth), truth) == pytest.approx(0.5 / 3)
+    assert metrics.table_iou(metrics.confusion(np.zeros_like(truth), truth)) == pytest.approx(0.5 / 3)
     table = metrics.confusion(np.zeros_like(truth), truth)
     assert metrics.covering(table) == pytest.approx((0.25 + 2 * 0.5 + 0.25) / 4)
     assert metrics.variation_of_information(table) == pytest.approx(1.5)  # H(truth) = 1/4 * 2 + 1/2 * 1 + 1/4 * 2
@@ -47,7 +47,7 @@ def test_a_permutation_is_perfect():
     truth = rng.integers(0, 7, (20, 30))
     predicted = rng.permutation(7)[truth]
     assert metrics.matched_accuracy(predicted, truth) == 1
-    assert metrics.matched_iou(predicted, truth) == 1
+    assert metrics.table_iou(metrics.confusion(predicted, truth)) == 1
     table = metrics.confusion(predicted, truth)
     assert (metrics.covering(table), metrics.rand_index(table)) == (1, 1)
     assert metrics.variation_of_information(table) == pytest.approx(0, abs=1e-12)
@@ -62,7 +62,7 @@ def test_unlabelled_pixels_count_nowhere():
     nothing = np.full((4, 4), -1)
     assert metrics.confusion(np.zeros((4, 4), int), nothing).shape == (1, 0)
     assert np.isnan(metrics.matched_accuracy(np.zeros((4, 4), int), nothing))
-    assert np.isnan(metrics.matched_iou(np.zeros((4, 4), int), nothing))
+    assert np.isnan(metrics.table_iou(metrics.confusion(np.zeros((4, 4), int), nothing)))
 
 
 @pytest.mark.parametrize("seed", range(4))

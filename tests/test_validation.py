@@ -471,6 +471,13 @@ def test_what_is_not_finite_is_reported_by_its_number_beside_layers_that_are_not
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_finite_queries_whose_sum_overflows_are_taken(backend: str) -> None:
+    large = [torch.full((1, 2, 16, 4), 1e37)]
+    found = diffseg.aggregate(large, [torch.zeros_like(large[0])], backend=backend)
+    torch.testing.assert_close(found, torch.full((1, 16, 16), 1 / 16))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_scores_that_overflow_are_reported(backend: str) -> None:
     large = [query * 1e25 for query in queries()]
     with pytest.raises(ValueError, match="layer 0: expected finite attention"):

@@ -50,8 +50,8 @@ constexpr int64_t kFinite = INT64_MAX;  // beyond the number of any layer or ima
 constexpr float kSmallestProbability = 1e-30f;
 
 struct Kernels {
-    // out [batch, N, N] over `grid`. Layers are sorted by grid, and none exceeds it. Returns kFinite, or the first layer
-    // of the list whose attention has NaN or infinity.
+    // out [batch, N, N] over `grid`. Layers are sorted by grid, and none exceeds it. Returns kFinite, or the least
+    // number of a layer whose attention has NaN or infinity.
     int64_t (*aggregate)(const Layer* layers, int64_t count, Grid grid, int64_t batch, float* out, int threads);
     int64_t (*aggregate_maps)(const Layer* layers, int64_t count, Grid grid, int64_t batch, float* out, int threads);
     // attention [batch, N, N] with column stride 1 (its head stride is not used); maps [batch, length, N]; counts
@@ -62,7 +62,7 @@ struct Kernels {
     void (*label)(const float* maps, const int32_t* counts, int32_t* winner, int64_t batch, int64_t length, Grid grid,
                   Grid size, int threads);
     // Cross-attention: layers as for aggregate, with keys [batch, heads, words.tokens, depth]; out [batch, words.count,
-    // size.height, size.width]. Returns kFinite, or the first layer of the list whose attention has NaN or infinity.
+    // size.height, size.width]. Returns kFinite, or the least number of a layer whose attention has NaN or infinity.
     int64_t (*aggregate_cross)(const Layer* layers, int64_t count, int64_t batch, const Words& words, Grid size,
                                float* out, int threads);
     // maps [batch, words, N]; labels [batch, size.height, size.width]; out [batch, masks, words].
