@@ -169,6 +169,16 @@ class CpuKernels:
         )  # fmt: skip
         return scores
 
+    def multiply_adds(self, rounds: int) -> float:
+        """For benchmarks: takes rounds of multiply-adds in one thread's registers, and returns how many those were."""
+        count: float = self._module.multiply_adds(rounds)
+        return count
+
+    def exponentials(self, rounds: int) -> float:
+        """The same of exponentials."""
+        count: float = self._module.exponentials(rounds)
+        return count
+
     def _layers(
         self,
         queries: Sequence[Tensor],

@@ -12,7 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -557,6 +557,10 @@ def test_times_have_three_digits_and_a_unit(value: float | None, text: str) -> N
     assert report.seconds(value) == text
 
 
+def no_kernels() -> NoReturn:
+    raise ImportError("not built")
+
+
 def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(ceilings, "_SECONDS", 0.02)
@@ -565,6 +569,12 @@ def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1e8 < found.products["float32"] < 1e15
     assert 1e7 < found.exponentials < 1e13
     assert not found.overlap
+    monkeypatch.setattr(ceilings, "_product", lambda *_: 1.0)
+    monkeypatch.setattr(ceilings, "_exponentials", lambda: 2.0)
+    assert 1e8 < ceilings.measure(CPU).products["float32"] < 1e15
+    assert 1e7 < ceilings.measure(CPU).exponentials < 1e13
+    monkeypatch.setattr(ceilings.native, "cpu", no_kernels)
+    assert (ceilings.measure(CPU).products["float32"], ceilings.measure(CPU).exponentials) == (1, 2)
     assert ceilings._bytes("32768K\n") == 32 << 20
 
 

@@ -70,6 +70,9 @@ struct Kernels {
                         int64_t masks, float* out, int threads);
     // out[v, f] = [lower bound, upper bound, value] of D between maps v and f, for tests: maps [length, N].
     void (*divergences)(const float* maps, int64_t length, Grid grid, float* out);
+    // For benchmarks: rounds of multiply-adds and of exponentials in one thread's registers; return how many.
+    double (*multiply_adds)(int64_t rounds);
+    double (*exponentials)(int64_t rounds);
 };
 
 // The table for an instruction set: "avx512", "avx2" or "portable"; null where it is unknown or this machine lacks it.

@@ -143,6 +143,10 @@ void divergences(uintptr_t maps, int64_t length, Pair grid, uintptr_t out) {
     table->divergences(pointer<const float>(maps), length, {grid[0], grid[1]}, pointer<float>(out));
 }
 
+double multiply_adds(int64_t rounds) { return table->multiply_adds(rounds); }
+
+double exponentials(int64_t rounds) { return table->exponentials(rounds); }
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -170,4 +174,6 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("aggregate_cross", &aggregate_cross, release);
     module.def("score_masks", &score_masks, release);
     module.def("divergences", &divergences, release);
+    module.def("multiply_adds", &multiply_adds, release);
+    module.def("exponentials", &exponentials, release);
 }

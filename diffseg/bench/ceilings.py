@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
 from .cost import Ceilings
 
 _SECONDS = 0.3  # of measuring each ceiling
@@ -55,12 +56,18 @@ def last_level_cache(device: torch.device) -> int:
 
 def measure(device: torch.device) -> Ceilings:
     """Measures the ceilings of ``device``; takes a few seconds."""
-    on_gpu = device.type == "cuda"
     products = {"float32": _product(device, torch.float32), "bfloat16": _product(device, torch.bfloat16)}
-    if on_gpu:
+    if device.type == "cuda":
         with _tf32():
             products["tf32"] = _product(device, torch.float32)
-    return Ceilings(_copy(device), products, _exponentials(device), overlap=on_gpu)
+        return Ceilings(_copy(device), products, _exponentials_of_registers(device), overlap=True)
+    exponentials = _exponentials()
+    try:
+        kernels = native.cpu()
+    except ImportError:  # there is nothing to hold against them
+        return Ceilings(_copy(device), products, exponentials)
+    products["float32"] = max(products["float32"], 2 * _most(kernels.multiply_adds))
+    return Ceilings(_copy(device), products, max(exponentials, _most(kernels.exponentials)))
 
 
 def _copy(device: torch.device) -> float:
@@ -76,15 +83,25 @@ def _product(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / _fastest(lambda: torch.mm(left, right, out=out), device)
 
 
-def _exponentials(device: torch.device) -> float:
-    if device.type == "cuda":
-        return _exponentials_of_registers(device)
+def _most(steps: Callable[[int], float]) -> float:
+    """The most steps a second on all threads, each as fast as one alone, of calls that take a millisecond or so."""
+    rounds, best, end = 1024, 0.0, time.perf_counter() + _SECONDS
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        count = steps(rounds)
+        elapsed = time.perf_counter() - begin
+        best = max(best, count / elapsed)
+        rounds *= 2 if elapsed < 1e-3 else 1
+    return torch.get_num_threads() * best
+
+
+def _exponentials() -> float:
     values = torch.rand(1 << 16)  # within a second-level cache
     out = torch.zeros_like(values)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a thread that waits for the other would be measured with it
     try:
-        return threads * values.numel() / _fastest(lambda: torch.exp(values, out=out), device)
+        return threads * values.numel() / _fastest(lambda: torch.exp(values, out=out), values.device)
     finally:
         torch.set_num_threads(threads)
 

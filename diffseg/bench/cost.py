@@ -57,7 +57,7 @@ class Ceilings:
     """What a device can do at most, a second; measured by :func:`diffseg.bench.ceilings.measure`."""
 
     copy: float  # bytes, read and written
-    products: Mapping[str, float] = field(default_factory=dict)  # flop of a large matrix product, by precision
+    products: Mapping[str, float] = field(default_factory=dict)  # flop, by precision
     exponentials: float = float("inf")
     overlap: bool = False  # whether products and exponentials run side by side, as on a GPU
 

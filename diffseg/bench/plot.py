@@ -77,7 +77,7 @@ def _shares(axis: Any, rows: list[Record]) -> None:
                 names.append(f"{row['name']}: {entry['name']}")
                 values.append(100 * entry["floor_share"])
     axis.barh(names, values, color="tab:green")
-    axis.set_xlabel("floor over measured time, % (more than 100: work that pruning saved, or a soft ceiling)")
+    axis.set_xlabel("floor over measured time, % (more than 100: work that pruning saved)")
     axis.tick_params(axis="y", labelsize=7)
     axis.invert_yaxis()
 
