@@ -113,7 +113,7 @@ def check_numbers(name: str, values: Any, length: int) -> list[float]:
     """Finite floats, ``length`` of them."""
     values = plain(values)
     if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
-        raise TypeError(f"{name}: expected {length} numbers, got {describe(values)}")
+        raise TypeError(f"{name}: expected a list of {length} numbers, got {describe(values)}")
     check_length(name, values, length)
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Real):

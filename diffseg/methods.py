@@ -104,8 +104,7 @@ def diffseg_labels(attention: Tensor, grid: Grid, size: Grid, settings: Settings
     )
     if settings.refine:
         proposals = ops.refine(attention, proposals)
-    winners = ops.label(proposals, size, backend=settings.backend)
-    labels: Labels = ops.renumber(winners, proposals.maps.shape[1])[0].cpu().numpy()
+    labels: Labels = ops.segments(proposals, size, backend=settings.backend)[0].cpu().numpy()
     return labels
 
 

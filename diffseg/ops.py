@@ -352,7 +352,7 @@ def segment(
     backend: str = "auto",
     grid: Grid | None = None,
 ) -> Tensor:
-    """Segments from queries and keys: :func:`aggregate`, :func:`merge`, :func:`label`, then :func:`renumber`.
+    """Segments from queries and keys: :func:`aggregate`, :func:`merge` and :func:`label`, numbered without gaps.
 
     Arguments as in those ops; ``refine=True`` adds :func:`refine` before the labels. On a CPU the memory of A_f is kept
     for the next call, at most 256 MiB of it.
@@ -384,6 +384,11 @@ def segment(
     else:
         with attention_memory(queries[0], grid) as out:
             proposals = proposed(out)
+    return segments(proposals, size, backend=backend)
+
+
+def segments(proposals: Proposals, size: Grid, *, backend: str = "auto") -> Tensor:
+    """:func:`label`, then :func:`renumber`: int32 [B, H, W], labels 0..S-1 without gaps."""
     return renumber(label(proposals, size, backend=backend), proposals.maps.shape[1])
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeVar, Union
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
@@ -33,6 +33,8 @@ from .recorded import (
 )
 from .reference import Grid
 from .visualize import label_image
+
+T = TypeVar("T")
 
 DEFAULT_THRESHOLD = 1.0
 """The paper's value for images in the wild with Stable Diffusion."""
@@ -148,14 +150,14 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         self,
         image: Any,
         *,
-        threshold: Union[float, Sequence[float], None] = None,  # noqa: UP007
+        threshold: float | Sequence[float] | None = None,
         anchors: int = 16,
         iterations: int = 3,
         rule: Rule = "paper",
-        weights: Union[Weights, None] = None,  # noqa: UP007
+        weights: Weights | None = None,
         refine: bool = False,
-        timestep: Union[int, None] = None,  # noqa: UP007
-        processing_resolution: Union[int, tuple[int, int], None] = None,  # noqa: UP007
+        timestep: int | None = None,
+        processing_resolution: int | tuple[int, int] | None = None,
         match_input_resolution: bool = True,
         batch_size: int = 1,
         output_type: Literal["np", "pt", "pil"] = "np",
@@ -163,11 +165,11 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         backend: str = "auto",
         time_stages: bool = False,
         semantic: bool = False,
-        caption: Union[str, Sequence[str], None] = None,  # noqa: UP007
-        labels: Union[Sequence[str], None] = None,  # noqa: UP007
-        captioner: Union[str, semantics.Captioner] = semantics.CAPTIONER,  # noqa: UP007
+        caption: str | Sequence[str] | None = None,
+        labels: Sequence[str] | None = None,
+        captioner: str | semantics.Captioner = semantics.CAPTIONER,
         fuse: bool = True,
-    ) -> Union[DiffSegOutput, tuple[Any, ...]]:  # noqa: UP007
+    ) -> DiffSegOutput | tuple[Any, ...]:
         """Segments one image or several.
 
         ``semantic=True`` names the segments (the paper's appendix 8.7): a second pass of the UNet, with a caption
@@ -240,25 +242,22 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                 if captions is None and labels is None:
                     captions = self._captions(pictures, captioner, batch_size)
                 prompts = semantics.prompts(captions, labels, len(pictures))
+        targets = [tuple(each.shape[1:]) for each in pictures] if match_input_resolution else sizes
         found_labels: dict[int, Tensor] = {}
         counts: dict[int, int] = {}
         latents: dict[int, Tensor] = {}  # for the second pass
         with self.progress_bar(total=len(pictures)) as progress, lock_of(self.unet):
             for batch in _batches(sizes, batch_size):
-                size = sizes[batch[0]]
-                targets = [tuple(pictures[i].shape[1:]) if match_input_resolution else size for i in batch]
-                found, encoded = self._segment([pictures[i] for i in batch], size, targets, options, refine, clock)
+                found, encoded = self._segment(
+                    _of(pictures, batch), sizes[batch[0]], _of(targets, batch), options, refine, clock
+                )
+                arrived, segments = _arrived(found, stay=output_type == "pt")
+                if 0 in segments:
+                    raise ValueError(_overflow([i for i, count in zip(batch, segments, strict=True) if count == 0]))
+                found_labels.update(zip(batch, arrived, strict=True))
+                counts.update(zip(batch, segments, strict=True))
                 if semantic and encoded is not None:
                     latents.update(zip(batch, encoded, strict=True))
-                if output_type == "pt":
-                    found_labels.update((i, each.clone()) for i, each in zip(batch, found.labels, strict=True))
-                    (segments,) = download([found.segments])
-                else:
-                    *arrived, segments = download([*found.labels, found.segments])
-                    found_labels.update(zip(batch, arrived, strict=True))
-                counts.update(zip(batch, segments.tolist(), strict=True))
-                if overflown := [i for i in batch if counts[i] == 0]:
-                    raise ValueError(_overflow(overflown))
                 progress.update(len(batch))
             ordered = [found_labels[i] for i in range(len(pictures))]
             named = None
@@ -284,13 +283,13 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         width: int,
         *,
         compile: bool = False,
-        threshold: Union[float, Sequence[float], None] = None,  # noqa: UP007
+        threshold: float | Sequence[float] | None = None,
         anchors: int = 16,
         iterations: int = 3,
         rule: Rule = "paper",
-        weights: Union[Weights, None] = None,  # noqa: UP007
-        timestep: Union[int, None] = None,  # noqa: UP007
-        processing_resolution: Union[int, tuple[int, int], None] = None,  # noqa: UP007
+        weights: Weights | None = None,
+        timestep: int | None = None,
+        processing_resolution: int | tuple[int, int] | None = None,
         match_input_resolution: bool = True,
         backend: str = "auto",
     ) -> None:
@@ -362,9 +361,9 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         self,
         image: Any,
         *,
-        timestep: Union[int, None] = None,  # noqa: UP007
-        processing_resolution: Union[int, tuple[int, int], None] = None,  # noqa: UP007
-        weights: Union[Weights, None] = None,  # noqa: UP007
+        timestep: int | None = None,
+        processing_resolution: int | tuple[int, int] | None = None,
+        weights: Weights | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Grid]:
         """The aggregated attention A_f [1, N, N] of one image and its grid, for :func:`diffseg.merge` and studies.
@@ -385,8 +384,8 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         self,
         image: Any,
         *,
-        timestep: Union[int, None] = None,  # noqa: UP007
-        processing_resolution: Union[int, tuple[int, int], None] = None,  # noqa: UP007
+        timestep: int | None = None,
+        processing_resolution: int | tuple[int, int] | None = None,
     ) -> AttentionRecord:
         """Queries and keys of every self-attention layer for one image, for studies of what is done with them.
 
@@ -403,12 +402,12 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
     def options(
         self,
         *,
-        threshold: Union[float, Sequence[float], None] = None,  # noqa: UP007
+        threshold: float | Sequence[float] | None = None,
         anchors: int = 16,
         iterations: int = 3,
         rule: Rule = "paper",
-        weights: Union[Weights, None] = None,  # noqa: UP007
-        timestep: Union[int, None] = None,  # noqa: UP007
+        weights: Weights | None = None,
+        timestep: int | None = None,
         backend: str = "auto",
     ) -> Options:
         """The options of a call, checked, with the checkpoint's own filled in.
@@ -449,7 +448,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         options: Options,
         refine: bool,
         clock: "_StageClock",
-    ) -> tuple[Segmented, Union[Tensor, None]]:  # noqa: UP007
+    ) -> tuple[Segmented, Tensor | None]:
         """A batch of pictures [3, H, W] processed at ``size``, its labels at ``targets``; recorded or eager.
 
         Also what the UNet read, unless that stays inside a recording.
@@ -608,7 +607,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             for i, each in enumerate(labels)
         ]
 
-    def _context(self, batch_size: int, device: Union[torch.device, None] = None) -> Tensor:  # noqa: UP007
+    def _context(self, batch_size: int, device: torch.device | None = None) -> Tensor:
         """The empty prompt's embedding [B, tokens, channels], computed once; zeros for a UNet in pixel space."""
         if self._empty_prompt is None:
             if self.text_encoder is None:
@@ -637,7 +636,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                 split_projections(self._fused)
             self._fused = None
 
-    def processed_size(self, size: Grid, resolution: Union[int, Sequence[int], None] = None) -> Grid:  # noqa: UP007
+    def processed_size(self, size: Grid, resolution: int | Sequence[int] | None = None) -> Grid:
         """The (height, width) at which an image is processed.
 
         Args:
@@ -664,7 +663,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         return (max(sample_size) if isinstance(sample_size, Sequence) else sample_size) * self.vae_scale_factor
 
 
-def _aggregated(record: AttentionRecord, options: Options, out: Union[Tensor, None] = None) -> Tensor:  # noqa: UP007
+def _aggregated(record: AttentionRecord, options: Options, out: Tensor | None = None) -> Tensor:
     """A_f [B, N, N] of the recorded layers, which may be the first of those that have weights."""
     weights = options.weights if isinstance(options.weights, str) else options.weights[: len(record.grids)]
     return record.aggregate(weights=weights, backend=options.backend, out=out)
@@ -723,6 +722,19 @@ def _batches(sizes: list[Grid], batch_size: int) -> Iterator[list[int]]:
         same = [index for index, each in enumerate(sizes) if each == size]
         for start in range(0, len(same), batch_size):
             yield same[start : start + batch_size]
+
+
+def _of(values: Sequence[T], indices: Sequence[int]) -> list[T]:
+    return [values[i] for i in indices]
+
+
+def _arrived(found: Segmented, stay: bool) -> tuple[list[Tensor], list[int]]:
+    """Labels, on the host or, with ``stay``, on their device, and numbers of segments; after one wait."""
+    if stay:
+        (segments,) = download([found.segments])
+        return [each.clone() for each in found.labels], segments.tolist()
+    *labels, segments = download([*found.labels, found.segments])
+    return labels, segments.tolist()
 
 
 def _overflow(indices: list[int]) -> str:

@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         aggregate(*[queries((1, 2, 16, 4), (1, 2, 5, 4))] * 2, grids=[(4, 4), (1, 5)]), ValueError,
         r"grids: expected every grid to fit in the largest, 4 x 4, got 1 x 5"),
     "scales: too many": (aggregate(scales=[1.0] * 3), ValueError, "scales: expected 2 items, one a layer, got 3"),
-    "scales: a number": (aggregate(scales=0.5), TypeError, "scales: expected 2 numbers, got float 0.5"),
+    "scales: a number": (aggregate(scales=0.5), TypeError, "scales: expected a list of 2 numbers, got float 0.5"),
     "scales: NaN": (aggregate(scales=[1.0, NAN]), ValueError, "scales: expected finite numbers, got nan"),
     "scales: strings": (aggregate(scales=["a", "b"]), TypeError, "scales: expected numbers, got str 'a'"),
     "logsumexps: too few": (
@@ -179,8 +179,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         aggregate(weights="uniform"), ValueError,
         r"weights: expected one of .*'literal'\) or a float a layer, got 'uniform'"),
     "weights: too few": (aggregate(weights=[1.0]), ValueError, "weights: expected 2 items, one a layer, got 1"),
-    "weights: a number": (aggregate(weights=1.0), TypeError, "weights: expected 2 numbers, got float 1.0"),
-    "weights: None": (aggregate(weights=None), TypeError, "weights: expected 2 numbers, got NoneType None"),
+    "weights: a number": (aggregate(weights=1.0), TypeError, "weights: expected a list of 2 numbers, got float 1.0"),
+    "weights: None": (aggregate(weights=None), TypeError, "weights: expected a list of 2 numbers, got NoneType None"),
     "weights: negative": (
         aggregate(weights=[2.0, -1.0]), ValueError, r"weights: expected no negative share .*, got \[2.0, -1.0\]"),
     "weights: all zero": (
@@ -285,8 +285,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "threshold: too few": (
         merge(threshold=[1.0, 1.0]), ValueError, "threshold: expected one number, or 3, one a round, got 2"),
     "threshold: none": (merge(threshold=[]), ValueError, "threshold: expected one number, or 3, one a round, got 0"),
-    "threshold: None": (merge(threshold=None), TypeError, "threshold: expected 3 numbers, got NoneType None"),
-    "threshold: a string": (merge(threshold="1.0"), TypeError, "threshold: expected 3 numbers, got str '1.0'"),
+    "threshold: None": (merge(threshold=None), TypeError, "threshold: expected a list of 3 numbers, got NoneType None"),
+    "threshold: a string": (merge(threshold="1.0"), TypeError, "threshold: expected a list of 3 numbers, got str '1.0'"),
     "threshold: a boolean": (merge(threshold=True), TypeError, "threshold: expected numbers, got bool True"),
     "threshold: a negative tensor": (
         merge(threshold=torch.tensor(-1.0)), ValueError, "threshold: expected positive numbers, got -1.0"),

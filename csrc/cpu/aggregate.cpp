@@ -61,7 +61,7 @@ public:
         float *share = share_, *wide = wide_;
         for (int64_t layer = 0; layer < count; ++layer) {
             if (starts(layers, layer)) {
-                Level& level = levels_[this->count++];
+                Level& level = levels_[used_++];
                 level = {layers[layer].grid, layer, layer, wide, taps, taps + grid.height, share};
                 taps += grid.height + grid.width;
                 share += round_up(level.grid.cells(), kWide);
@@ -70,15 +70,15 @@ public:
                 fill_taps(level.across, level.grid.width, grid.width);
                 fill_share(level);
             }
-            levels_[this->count - 1].last = layer + 1;
+            levels_[used_ - 1].last = layer + 1;
         }
         if (layers[count - 1].grid.cells() < grid.cells())
-            levels_[this->count++] = {grid, count, count, nullptr, nullptr, nullptr, nullptr};
-        levels_[this->count - 1].wide = nullptr;
+            levels_[used_++] = {grid, count, count, nullptr, nullptr, nullptr, nullptr};
+        levels_[used_ - 1].wide = nullptr;
     }
 
     Level* begin() { return levels_; }
-    Level* end() { return levels_ + count; }
+    Level* end() { return levels_ + used_; }
 
     // out [N] = row `cell` of the blend of all lower levels.
     void start_row(int64_t cell, float* out) const {
@@ -115,7 +115,6 @@ public:
     }
 
     const Grid grid;
-    int64_t count = 0;
 
 private:
     static bool starts(const Layer* layers, int64_t layer) {
@@ -152,6 +151,7 @@ private:
             }
     }
 
+    int64_t used_ = 0;
     Buffer<Level> levels_;
     Buffer<Tap> taps_;
     Buffer<float> share_, wide_;
