@@ -207,7 +207,7 @@ def implementation(
 
 @cache
 def _warn_of(obstacle: str | None) -> None:
-    """Says once that the kernels are missing, which nobody would see but by the time that it takes."""
+    """Says once that the kernels are missing, which otherwise only the run time would show."""
     if obstacle is not None:
         warnings.warn(f"diffseg runs in plain torch, many times slower: {obstacle}", RuntimeWarning, stacklevel=2)
 

@@ -40,10 +40,10 @@ _PARTS = ("down_blocks", "mid_block", "up_blocks")  # in forward order
 class AttentionRecord:
     """What one forward pass of a UNet left behind: one item a recorded layer, in forward order.
 
-    It is of the last pass that ran to its end inside :func:`record_attention`, and empty as long as there is none; from
-    :meth:`diffseg.DiffSegPipeline.record` and its like it is of that pass, which may have ended earlier. Its lists are
-    arguments of :func:`diffseg.segment` and :func:`diffseg.aggregate` as they are, those of cross-attention
-    of :func:`diffseg.aggregate_cross`.
+    Inside :func:`record_attention` it holds the last pass that ran to its end, and is empty as long as there is none.
+    From :meth:`diffseg.DiffSegPipeline.record` it holds that pass, which may have stopped early. Its lists can be
+    passed to :func:`diffseg.segment` and :func:`diffseg.aggregate` as they are, those of cross-attention to
+    :func:`diffseg.aggregate_cross`.
     """
 
     def __init__(self, recorder: _Recorder) -> None:
@@ -197,7 +197,7 @@ def record_pass(
         names = recorder.names
         if record.names != names[: len(record.names)]:
             missing = next(name for name in names if name not in record.names)
-            raise ValueError(f"unet: expected attention in the order of its modules, but {missing} was passed over")
+            raise ValueError(f"unet: expected attention in the order of its modules, but {missing} was not executed")
     return record
 
 

@@ -55,7 +55,7 @@ def _lows(grids: Sequence[Grid], output: Sequence[int]) -> int:
 
 @contextmanager
 def _named(layers: Sequence[int]) -> Iterator[None]:
-    """Reports attention that is not finite by its layer's number among the caller's; ``layers``: what a backend got."""
+    """Translates a layer's number to the caller's, in the error about its attention; ``layers``: what a backend got."""
     try:
         yield
     except reference.NonFiniteAttentionError as error:

@@ -17,13 +17,13 @@ from torch import Tensor
 from .reference import Grid
 
 _MOST_KEPT = 256 << 20  # bytes
-_kept: list[Tensor] = []  # float32, flat; what no call has at present, the last used last
+_kept: list[Tensor] = []  # float32, flat: free buffers, the most recently used last
 _lock = threading.Lock()
 
 
 @contextmanager
 def attention_memory(like: Tensor, grid: Grid) -> Iterator[Tensor | None]:
-    """Memory for A_f over ``grid`` of a batch as large as that of ``like``, float32 [B, N, N]; inside, nobody else's.
+    """Memory for A_f over ``grid`` of a batch as large as ``like``'s, float32 [B, N, N]; the caller's alone, inside.
 
     None where ``like`` is not an ordinary tensor on a CPU: on a GPU PyTorch itself keeps memory.
     """
@@ -39,7 +39,7 @@ def attention_memory(like: Tensor, grid: Grid) -> Iterator[Tensor | None]:
 
 
 def release() -> None:
-    """Gives back what no call has at present."""
+    """Frees the buffers that no call is using."""
     with _lock:
         _kept.clear()
 

@@ -384,7 +384,7 @@ def test_a_layer_that_is_passed_over_is_reported() -> None:
     blocks.attentions[0].forward = lambda hidden_states, **_: (hidden_states,)
     first = next(name for name in unet.attn_processors if "attn1" in name).removesuffix(".processor")
     for layers in (2, None):
-        with pytest.raises(ValueError, match=f"in the order of its modules, but {first} was passed over"):
+        with pytest.raises(ValueError, match=f"in the order of its modules, but {first} was not executed"):
             record_pass(unet, layers=layers, **unet_inputs(unet, 1, 8, 8))
 
 
