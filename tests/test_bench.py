@@ -306,6 +306,7 @@ def test_the_faster_walk_is_the_baseline(timer: Timer) -> None:
     with Suite(Settings()) as made:
         record = run.run_row(made, Row("merge", "noise", (128, 128)), timer, LIMITS)
     medians = {each["name"]: each["seconds"]["median"] for each in record["contenders"] if each["role"] == "baseline"}
+    assert len(medians) == 2
     assert record["baseline"] == min(medians, key=medians.__getitem__)
 
 

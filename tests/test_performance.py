@@ -22,7 +22,7 @@ from diffseg.bench.cost import Ceilings
 from diffseg.bench.suite import Row, Settings, Suite
 from diffseg.bench.timing import Timer
 
-SLOWEST = 1.0  # times faster than the reference; the kernels are made for 2 and more
+LEAST_SPEEDUP = 1.3  # over the reference; the kernels are made for 2 and more
 TRIES = 3
 NO_CEILINGS = Ceilings(copy=1.0, products={"float32": 1.0})
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "instructions.py"
@@ -37,16 +37,16 @@ INSTRUCTIONS = {"aggregate": 4100, "aggregate_maps": 573, "merge": 8650, "label"
     ("stage", "case"),
     [("aggregate", "thin"), ("maps", "thin"), ("merge", "thin"), ("merge", "noise"), ("label", "noise")],
 )
-def test_a_kernel_is_no_slower_than_the_reference(stage: str, case: str) -> None:
+def test_a_kernel_is_faster_than_the_reference(stage: str, case: str) -> None:
     factors = []
     for _ in range(TRIES):
         with Suite(Settings(backends=("cpu",))) as suite:
             record = run.run_row(suite, Row(stage, case, (256, 256)), Timer(suite.device, 0.2), NO_CEILINGS)
         assert record["state"] == "measured", record.get("reason")
         factors.append(record["contenders"][0]["times_faster"]["median"])
-        if factors[-1] >= SLOWEST:
+        if factors[-1] >= LEAST_SPEEDUP:
             return
-    pytest.fail(f"{stage} on {case} is slower than the reference: {factors} times as fast")
+    pytest.fail(f"{stage} on {case} is {factors} times as fast as the reference, in {TRIES} tries")
 
 
 def preloaded_openmp() -> str | None:
