@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 from . import __version__, evaluate, loading, native, study
 from .backends import BACKENDS, available_backends, explain_backends
 from .bench import command as bench
-from .checks import RULES
+from .checks import RULES, WEIGHT_SCHEMES
 from .loading import UsageError
 
 if TYPE_CHECKING:
     from .folder import Job
+
+_DECIDING = ("threshold", "anchors", "iterations", "rule", "weights", "timestep", "backend")  # the segments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     segment.add_argument("--iterations", type=int, default=3, help="merging rounds (default: %(default)s)")
     segment.add_argument("--rule", choices=RULES, default="paper", help="merging rule (default: %(default)s)")
-    segment.add_argument("--resolution", type=int, help="longer side when processed (default: the model's own)")
+    segment.add_argument("--weights", choices=WEIGHT_SCHEMES, help="of the layers (default: the model's own)")
+    segment.add_argument("--timestep", type=int, help="at which the network is read (default: the model's own)")
+    segment.add_argument(
+        "--processing-resolution", "--resolution", type=int, metavar="SIDE",
+        help="longer side when processed (default: the model's own)",
+    )  # fmt: skip
     segment.add_argument("--refine", action="store_true", help="add k-means refinement")
     segment.add_argument("--semantic", action="store_true", help="name the segments by the nouns of a caption")
     segment.add_argument("--caption", metavar="TEXT", help="the caption, instead of one that a model writes")
@@ -126,10 +133,8 @@ def _segment(options: argparse.Namespace) -> int:
     from .folder import segment_files
 
     pipe = loading.load_pipeline(options.model, options.device, options.dtype)
-    asked = {
-        name: getattr(options, name) for name in ("threshold", "anchors", "iterations", "rule", "refine", "backend")
-    }
-    asked |= {"processing_resolution": options.resolution, "time_stages": options.time, **_naming(options, pipe)}
+    asked = {name: getattr(options, name) for name in (*_DECIDING, "processing_resolution", "refine")}
+    asked |= {"time_stages": options.time, **_naming(options, pipe)}
     _check(pipe, asked)
     _load_captioner(pipe, asked)
     with tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1) as progress:
@@ -278,9 +283,8 @@ def _check(pipe: Any, asked: dict[str, Any]) -> None:
     """Refuses what the pipeline's call would refuse of every image."""
     from . import semantics
 
-    chosen = {name: asked[name] for name in ("threshold", "anchors", "iterations", "rule", "backend")}
     try:
-        pipe.options(**chosen)
+        pipe.options(**{name: asked[name] for name in _DECIDING})
         pipe.processed_size((1, 1), asked["processing_resolution"])
         if "semantic" in asked:
             captions, labels = semantics.check_request(
@@ -289,7 +293,7 @@ def _check(pipe: Any, asked: dict[str, Any]) -> None:
             if captions is not None:
                 semantics.prompts(captions, labels, 1)
     except (ValueError, TypeError) as error:
-        raise UsageError(f"--{str(error).removeprefix('processing_')}") from error
+        raise UsageError(f"--{str(error).replace('processing_resolution', 'processing-resolution', 1)}") from error
 
 
 def _load_captioner(pipe: Any, asked: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output: str) -> None:
         help="only the images that FILE names, one a line (coco-stuff without it: IIC's rule for the 2,175)",
     )  # fmt: skip
     data.add_argument(
-        "--resolution", type=int,
+        "--crop", dest="resolution", type=int, metavar="SIDE",
         help="centre-crop to a square and resize to this side (default: 512 for coco-stuff and cityscapes, else none)",
     )  # fmt: skip
     data.add_argument("--classes", type=int, help="folder: labels are this many classes (default: an image's regions)")

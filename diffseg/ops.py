@@ -86,7 +86,8 @@ def aggregate(
         A_f [B, N, N], N = h * w; ``out`` if it was given.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: naming the argument, what was expected and what came; ValueError on a CPU if the
+            attention of a layer is not finite, naming the layer.
     """
     check_layers("queries", queries, dimensions=("batch", "heads", "n", "d"))
     check_layers("keys", keys, dimensions=("batch", "heads", "n", "d"))
@@ -195,6 +196,10 @@ def merge(
 
     Returns:
         :class:`Proposals` with P = the number of anchors. Nothing waits for the device.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came; ValueError on a CPU if the
+            attention is not finite.
     """
     attention = check_attention(attention)
     cells = attention.shape[1]
@@ -211,11 +216,12 @@ def refine(attention: Tensor, proposals: Proposals, *, max_iterations: int = 300
     """k-means refinement, as in the published demo: Lloyd's iterations on rows of A_f from the proposals as centres.
 
     Runs until labels are stable or ``max_iterations`` are done; a cluster that ends empty is dropped. This op waits for
-    the device and cannot be recorded in a graph.
+    the device and cannot be recorded in a graph; it is plain torch on every device.
 
     Args:
         attention: A_f [B, N, N] from which the proposals were merged.
         proposals: the centres.
+        max_iterations: at least 1.
 
     Returns:
         :class:`Proposals` whose maps are the cluster means.
@@ -249,6 +255,9 @@ def label(proposals: Proposals, size: Grid, *, backend: str = "auto") -> Tensor:
 
     Returns:
         int32 [B, H, W], indices of proposals; ties go to the lowest.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
     """
     _check_proposals(proposals)
     size = check_pair("size", size)
@@ -318,6 +327,9 @@ def score_masks(maps: Tensor, labels: Tensor, *, masks: int | None = None, backe
 
     Returns:
         [B, S, words] in the dtype of the maps; a mask without pixels scores 0. The argmax over words is its label.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
     """
     check_tensor("maps", maps, ("batch", "words", "h", "w"))
     if maps.dtype not in (torch.float32, torch.float64):
@@ -359,6 +371,9 @@ def segment(
 
     Returns:
         int32 [B, H, W], labels 0..S-1 without gaps.
+
+    Raises:
+        ValueError, TypeError: as those ops.
     """
     size = check_pair("size", size)
     check_thresholds(threshold, iterations)

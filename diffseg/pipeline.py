@@ -191,7 +191,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             match_input_resolution: return labels at the image's own size, else at the processed size.
             batch_size: images a UNet pass; only images processed at one size share a pass.
             output_type: ``"np"``, int32 arrays; ``"pt"``, int32 tensors; ``"pil"``, palette images.
-            return_dict: return a :class:`DiffSegOutput`, else its fields as a tuple.
+            return_dict: return a :class:`DiffSegOutput`, else its fields as a tuple, without those that are None.
             time_stages: wait for the device after each stage and report seconds in ``timings``.
             semantic: name the segments by the nouns of a caption; fills ``captions`` and ``semantics``.
             caption: the caption, or one an image; None: the captioner writes it.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .checks import check_integer
 from .ops import segment
 from .reference import Grid
 
@@ -15,7 +16,7 @@ def warmup(
     layers: Sequence[tuple[Grid, int, int]],
     size: Grid,
     *,
-    batch: int = 1,
+    batch_size: int = 1,
     dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cuda",
     **options: Any,
@@ -28,11 +29,19 @@ def warmup(
     Args:
         layers: (grid, heads, channels a head) of each self-attention layer.
         size: (H, W) of the labels.
-        batch, dtype, device: of the queries and keys.
+        batch_size, dtype, device: of the queries and keys.
         options: of :func:`diffseg.segment`: weights, anchors, iterations, threshold, rule, backend.
+
+    Raises:
+        ValueError, TypeError: as :func:`diffseg.segment`; ValueError where torch cannot use ``device``.
     """
+    check_integer("batch_size", batch_size, 1)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"device: expected one that torch can use, got {device}: {error}") from error
     queries = [
-        torch.zeros(batch, grid[0] * grid[1], heads, channels, dtype=dtype, device=device).transpose(1, 2)
+        torch.zeros(batch_size, grid[0] * grid[1], heads, channels, dtype=dtype, device=device).transpose(1, 2)
         for grid, heads, channels in layers
     ]
     grids = [grid for grid, _, _ in layers]

@@ -146,6 +146,9 @@ def test_options_change_the_result(folder):
     )  # fmt: skip
     assert many.max() > 10
     assert labels("--resolution", "32", "--dtype", "bfloat16", "--device", "cpu").shape == (64, 64)
+    whole = labels("--threshold", "0.01")
+    assert not np.array_equal(labels("--threshold", "0.01", "--weights", "literal"), whole)
+    assert not np.array_equal(labels("--threshold", "0.01", "--timestep", "900"), whole)
 
 
 def test_time_prints_stages(folder, capsys):
@@ -284,7 +287,8 @@ def test_wrong_usage(arguments, capsys):
         ("--threshold=-1", "diffseg: --threshold: expected positive"),
         ("--anchors=0", "diffseg: --anchors: expected at least 1, got 0"),
         ("--iterations=0", "diffseg: --iterations: expected at least 1, got 0"),
-        ("--resolution=0", "diffseg: --resolution: expected at least 1, got 0"),
+        ("--timestep=1000", "diffseg: --timestep: expected 0 to 999, got 1000"),
+        ("--resolution=0", "diffseg: --processing-resolution: expected at least 1, got 0"),
         ("--keep-masks", "diffseg: --keep-masks: expected --semantic, --caption or --labels with it"),
         ("--captioner=blip", "diffseg: --captioner: expected --semantic, --caption or --labels with it"),
     ],

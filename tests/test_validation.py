@@ -585,3 +585,16 @@ class TestBackend:
         assert diffseg.available_backends() == ["reference"]
         assert diffseg.explain_backends()["cpu"] == "broken; cannot run: no compiler"
         assert diffseg.label(proposals(), (8, 8)).shape == (2, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda:99"}, "device: expected one that torch can use, got cuda:99"),
+        ({"device": "cpu", "batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"device": "cpu", "dtype": torch.float32, "anchors": 5}, r"anchors: expected 1 to 4 anchors a side"),
+    ],
+)
+def test_warmup_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        diffseg.warmup([((4, 4), 2, 8)], (8, 8), **options)
