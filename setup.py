@@ -154,8 +154,8 @@ def cuda_extensions():
         raise SystemExit("DIFFSEG_CUDA=1: nvcc is neither on PATH nor below CUDA_HOME")
     if choice == "0" or nvcc is None or sys.platform != "linux":
         return []
-    targets = os.getenv("DIFFSEG_CUDA_ARCHS") or ("80;90+PTX" if choice == "1" else targets_of_visible_gpus(nvcc))
-    return [cuda_extension(nvcc, targets)] if targets and (choice or visible_capabilities()) else []
+    usual = "80;90+PTX" if choice == "1" else targets_of_visible_gpus(nvcc)
+    return [cuda_extension(nvcc, os.getenv("DIFFSEG_CUDA_ARCHS") or usual)] if usual else []
 
 
 setup(

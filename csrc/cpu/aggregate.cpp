@@ -335,52 +335,66 @@ int64_t largest(const Layer* layers, int64_t count, int64_t (*size)(const Layer&
     return result;
 }
 
+// Memory that tasks share: the packed keys of a layer, and a block a thread.
+struct Scratch {
+    Buffer<float> keys;
+    int64_t block_size;
+    Buffer<float> blocks;
+
+    Scratch(const Layer* layers, int64_t count, int threads)
+        : keys(largest(layers, count, Scores::packed_keys)),
+          block_size(largest(layers, count, Block::floats_needed)),
+          blocks(block_size * threads) {}
+};
+
+// Adds R_k normalise(M_k) of one image's layer to `target` [n, n], or, with the level's first layer, begins it: from
+// the lower levels at the top, else from zeros. Returns the layer's number if a row is not finite, else kFinite.
+int64_t add_layer(const Levels& levels, const Level& level, const Layer& layer, bool begin, int64_t item, float* target,
+                  Scratch& scratch, int threads) {
+    const Scores scores(layer, item, scratch.keys);
+    int64_t bad = kFinite;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float* memory = scratch.blocks + thread_number() * scratch.block_size;
+#pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < layer.heads * scores.panels; ++panel)
+            pack(layer.keys, item, panel / scores.panels, panel % scores.panels * kWide, scores.cells, kWide,
+                 layer.depth, 1.0f, scratch.keys + panel * layer.depth * kWide);
+#pragma omp for schedule(dynamic) reduction(min : bad)
+        for (int64_t first = 0; first < scores.cells; first += scores.rows) {
+            Block block(scores, first, memory);
+            block.run();
+            for (int64_t row = 0; row < block.rows(); ++row) {
+                float* to = target + (first + row) * scores.cells;
+                const float mass = block.mass(row, level.share);
+                if (!finite(mass)) bad = layer.number;
+                if (begin && level.wide == nullptr) levels.start_row(first + row, to);
+                if (begin && level.wide != nullptr) memset(to, 0, scores.cells * sizeof(float));
+                block.add_to(to, row, layer.ratio / most(mass, kSmallestProbability));
+            }
+        }
+    }
+    return bad;
+}
+
 int64_t aggregate(const Layer* layers, int64_t count, Grid grid, int64_t batch, float* out, int threads) {
     Levels levels(layers, count, grid);
-    const int64_t cells = levels.grid.cells();
+    Scratch scratch(layers, count, threads);
     int64_t lower = 1;
     for (const Level& level : levels)
         if (level.wide != nullptr) lower = level.grid.cells();
-    Buffer<float> compact(lower * lower), keys(largest(layers, count, Scores::packed_keys));
-    const int64_t block_size = largest(layers, count, Block::floats_needed);
-    Buffer<float> blocks(block_size * threads);
+    Buffer<float> compact(lower * lower);
     int64_t bad = kFinite;
 
     for (int64_t item = 0; item < batch; ++item) {
         for (const Level& level : levels) {
             const bool is_top = level.wide == nullptr;
-            float* target = is_top ? out + item * cells * cells : static_cast<float*>(compact);
-            for (int64_t index = level.first; index < level.last; ++index) {
-                const Layer& layer = layers[index];
-                const Scores scores(layer, item, keys);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-                {
-                    float* memory = blocks + thread_number() * block_size;
-#pragma omp for schedule(static)
-                    for (int64_t panel = 0; panel < layer.heads * scores.panels; ++panel)
-                        pack(layer.keys, item, panel / scores.panels, panel % scores.panels * kWide, scores.cells,
-                             kWide, layer.depth, 1.0f, keys + panel * layer.depth * kWide);
-#pragma omp for schedule(dynamic) reduction(min : bad)
-                    for (int64_t first = 0; first < scores.cells; first += scores.rows) {
-                        Block block(scores, first, memory);
-                        block.run();
-                        for (int64_t row = 0; row < block.rows(); ++row) {
-                            float* to = target + (first + row) * scores.cells;
-                            const float mass = block.mass(row, level.share);
-                            if (!finite(mass)) bad = least(bad, layers[index].number);
-                            if (index == level.first) {
-                                if (is_top)
-                                    levels.start_row(first + row, to);
-                                else
-                                    memset(to, 0, scores.cells * sizeof(float));
-                            }
-                            block.add_to(to, row, layer.ratio / most(mass, kSmallestProbability));
-                        }
-                    }
-                }
-            }
-            if (is_top && level.first < level.last) continue;  // its rows are finished
             const int64_t rows = level.grid.cells();
+            float* target = is_top ? out + item * rows * rows : static_cast<float*>(compact);
+            for (int64_t index = level.first; index < level.last; ++index)
+                bad = least(bad, add_layer(levels, level, layers[index], index == level.first, item, target, scratch,
+                                           threads));
+            if (is_top && level.first < level.last) continue;  // its rows are finished
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
             for (int64_t row = 0; row < rows; ++row) {
                 if (is_top)
