@@ -20,7 +20,7 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.command.sdist import sdist
 
@@ -158,6 +158,7 @@ def cuda_extensions():
     return [cuda_extension(nvcc, os.getenv("DIFFSEG_CUDA_ARCHS") or usual)] if usual else []
 
 
+ParallelCompile("MAX_JOBS", default=1).install()
 setup(
     ext_modules=[cpu_extension(), *cuda_extensions()] if sys.platform != "win32" else [],
     cmdclass={"build_ext": BuildExtension, "sdist": SourceDistribution},

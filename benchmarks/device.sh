@@ -48,7 +48,7 @@ install() {
     if compgen -G "$root/wheels/*.whl" >/dev/null; then
         local packages
         packages=$(mktemp -d) || return
-        "$python" -m pip install --quiet --no-index --no-deps --target "$packages" "$root"/wheels/*.whl || return
+        "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$packages" "$root"/wheels/*.whl || return
         export PYTHONPATH=$packages${PYTHONPATH:+:$PYTHONPATH}
     fi
     if [ "$phase" = build-test ] || ! "$python" -c "import diffseg._cuda" 2>/dev/null; then

@@ -181,7 +181,7 @@ BACKENDS = {
 
 def check_name(backend: str) -> None:
     """Raises ValueError unless ``backend`` is ``"auto"`` or the name of a backend."""
-    if backend != "auto" and backend not in BACKENDS:
+    if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
         names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
 

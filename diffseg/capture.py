@@ -382,7 +382,7 @@ class _RecordingProcessor:
 
     def _keep(self, query: Tensor, key: Tensor, logsumexp: Tensor | None) -> None:
         self.query, self.key = query.detach(), key.detach()
-        if self._fused:  # views that would keep V alive
+        if self._fused and not _in_a_graph(query):  # views that would keep V alive
             self.query, self.key = self.query.clone(), self.key.clone()
         self.logsumexp = None if logsumexp is None else logsumexp.detach()
         self.compiled = torch.compiler.is_compiling()
@@ -404,6 +404,11 @@ class _RecordingProcessor:
         if self.compiled and query.is_cuda:  # the next replay of a CUDA graph may overwrite them
             query, key = query.clone(), key.clone()
         return _Layer(self._name, query, key, self.logsumexp, self._scale, grid)
+
+
+def _in_a_graph(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, in which two copies a layer cost more than the memory of V."""
+    return not torch.compiler.is_compiling() and tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class _CrossRecordingProcessor(_RecordingProcessor):

@@ -118,9 +118,16 @@ def check_numbers(name: str, values: Any, length: int) -> list[float]:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}: expected numbers, got {describe(value)}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name}: expected finite numbers, got {value}")
+        if not _finite(value):
+            raise ValueError(f"{name}: expected finite numbers, got {str(value)[:40]}")
     return [float(value) for value in values]
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond any float
+        return False
 
 
 def check_thresholds(threshold: Any, iterations: Any) -> list[float]:

@@ -164,7 +164,7 @@ class DiffSeg:
                 raise ValueError(f"weight_list[{index}]: expected [heads, n, {tokens}], got {describe(weights)}")
             sides.append(_side(f"weight_list[{index}]", weights.shape[1], _PIXELS))
         ratios = self._ratios(layers, weight_ratio)
-        total = torch.zeros(_PIXELS, _PIXELS, tokens, device=layers[0].device)
+        total = torch.zeros(_PIXELS, _PIXELS, tokens, dtype=torch.float32, device=layers[0].device)
         for weights, side, ratio in zip(layers, sides, ratios, strict=True):
             averaged = weights.mean(0, dtype=torch.float32).view(1, side, side, tokens).permute(0, 3, 1, 2)
             mass = _upsample(averaged.sum(1, keepdim=True)).clamp_min(reference.SMALLEST_PROBABILITY)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,8 +26,17 @@ _LIBRARY = torch.library.Library("diffseg", "DEF")
 def _operator(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, partial(_without_autocast, run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"diffseg::{name}", fake, lib=_LIBRARY)
+
+
+def _without_autocast(run: Callable[..., Any], first: Any, *rest: Any) -> Any:
+    """Runs an op in the precision of its own: autocast would round the products of those that call torch's."""
+    device = (first[0] if isinstance(first, (list, tuple)) else first).device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return run(first, *rest)
+    with torch.autocast(device, enabled=False):
+        return run(first, *rest)
 
 
 def _pairs(flat: Sequence[int]) -> list[Grid]:

@@ -118,7 +118,7 @@ class CpuKernels:
         rule: Literal["paper", "official"],
     ) -> tuple[Tensor, Tensor]:
         attention = attention if attention.stride(2) == 1 else attention.contiguous()
-        maps = torch.empty(len(attention), len(anchors), attention.shape[2])
+        maps = torch.empty(len(attention), len(anchors), attention.shape[2], dtype=torch.float32)
         counts = torch.empty(len(attention), dtype=torch.int32)
         bad = self._module.merge(
             self._view(attention.unsqueeze(1)), grid, len(attention), anchors, thresholds, rule == "paper",
@@ -151,7 +151,7 @@ class CpuKernels:
         shares = shares.contiguous()
         batch_size, words, tokens = shares.shape
         layers = self._layers(queries, keys, grids, scales, None, [1.0] * len(grids))
-        maps = torch.empty(batch_size, words, *size)
+        maps = torch.empty(batch_size, words, *size, dtype=torch.float32)
         bad = self._module.aggregate_cross(
             layers, batch_size, shares.data_ptr(), words, tokens, size, maps.data_ptr(), torch.get_num_threads()
         )
@@ -162,7 +162,7 @@ class CpuKernels:
     def score_masks(self, maps: Tensor, labels: Tensor, masks: int) -> Tensor:
         maps, labels = maps.contiguous(), labels.contiguous()
         batch_size, words, *grid = maps.shape
-        scores = torch.empty(batch_size, masks, words)
+        scores = torch.empty(batch_size, masks, words, dtype=torch.float32)
         self._module.score_masks(
             maps.data_ptr(), labels.data_ptr(), scores.data_ptr(), batch_size, words, grid, labels.shape[1:], masks,
             torch.get_num_threads(),

@@ -341,7 +341,10 @@ def score_masks(maps: Tensor, labels: Tensor, *, masks: int | None = None, backe
             f"labels: expected batch {len(maps)} on {maps.device}, as in maps, "
             f"got batch {len(labels)} on {labels.device}"
         )
-    masks = int(labels.max()) + 1 if masks is None else masks
+    if masks is None:
+        masks = int(labels.max()) + 1
+        if masks < 1:
+            raise ValueError("labels: expected at least one mask, got negative labels only")
     check_integer("masks", masks, 1)
     check_name(backend)
     return operators.score_masks(maps, labels, masks, backend)
@@ -474,7 +477,7 @@ def _token_shares(tokens: Any, batch_size: int, length: int, device: torch.devic
             raise ValueError(f"tokens: expected a tensor on {device}, got {tokens.device}")
         return tokens.float().expand(batch_size, -1, -1)
     check_sequence("tokens", tokens, "word")
-    shares = torch.zeros(len(tokens), length)
+    shares = torch.zeros(len(tokens), length, dtype=torch.float32, device="cpu")
     for word, indices in enumerate(tokens):
         check_sequence(f"tokens[{word}]", indices, "token")
         for index in indices:
@@ -488,7 +491,10 @@ def _token_shares(tokens: Any, batch_size: int, length: int, device: torch.devic
 def _check_scales(scales: Sequence[float] | None, queries: Sequence[Tensor]) -> list[float]:
     if scales is None:
         return [query.shape[3] ** -0.5 for query in queries]
-    return check_numbers("scales", scales, len(queries))
+    checked = check_numbers("scales", scales, len(queries))
+    if max(map(abs, checked)) > torch.finfo(torch.float32).max:
+        raise ValueError(f"scales: expected numbers within float32's range, got {scales}")
+    return checked
 
 
 def _flat(grids: Sequence[Grid]) -> list[int]:

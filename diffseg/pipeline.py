@@ -576,7 +576,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         encoded = [semantics.encode(self.tokenizer, prompt) for prompt in prompts]
         names = dict.fromkeys(name for prompt in prompts for name in prompt.names)
         label_ids = {name: number for number, name in enumerate(names)}
-        scores = [torch.empty(int(each.max()) + 1, 0) for each in labels]
+        scores = [torch.empty(int(each.max()) + 1, 0, dtype=torch.float32, device="cpu") for each in labels]
         with clock("semantic"):
             for batch in _batches(sizes, batch_size):
                 shown = [i for i in batch if encoded[i].names]
@@ -611,7 +611,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         """The empty prompt's embedding [B, tokens, channels], computed once; zeros for a UNet in pixel space."""
         if self._empty_prompt is None:
             if self.text_encoder is None:
-                self._empty_prompt = torch.zeros(1, 1, self.unet.config.cross_attention_dim)
+                self._empty_prompt = torch.zeros(1, 1, self.unet.config.cross_attention_dim, dtype=torch.float32)
             else:
                 tokens = self.tokenizer(
                     "", padding="max_length", max_length=self.tokenizer.model_max_length, return_tensors="pt"

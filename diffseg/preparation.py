@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,8 @@ def warmup(
         for grid, heads, channels in layers
     ]
     grids = [grid for grid, _, _ in layers]
-    rows = [torch.full(query.shape[:3], float(query.shape[2]), device=device).log() for query in queries]
+    rows = [
+        torch.full(query.shape[:3], math.log(query.shape[2]), dtype=torch.float32, device=device) for query in queries
+    ]
     for logsumexps in (rows, None):
         segment(queries, queries, size, grids=grids, logsumexps=logsumexps, **options)

@@ -210,8 +210,8 @@ def _marks(networks: Sequence[nn.Module]) -> tuple[Any, ...]:
 def staging(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
     """Two buffers for pixels [B, 3, h, w]: on the host, pinned, and on ``device``; one and the same on a CPU."""
     on_gpu = device.type == "cuda"
-    host = torch.empty(shape.batch_size, 3, *shape.size, pin_memory=on_gpu)
-    return host, host if device.type == "cpu" else torch.empty(host.shape, device=device)
+    host = torch.empty(shape.batch_size, 3, *shape.size, dtype=torch.float32, device="cpu", pin_memory=on_gpu)
+    return host, host if device.type == "cpu" else torch.empty_like(host, device=device)
 
 
 def upload(pictures: Sequence[Tensor], host: Tensor, pixels: Tensor) -> None:

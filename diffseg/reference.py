@@ -19,6 +19,9 @@ Grid = tuple[int, int]
 SMALLEST_PROBABILITY = 1e-30
 """Probabilities are clamped from below to this inside logarithms, so that zeros stay finite and nothing is lost."""
 
+SMALLEST_NORM = 1e-15
+"""Norms are clamped from below to this before they divide: of what is smaller, float32 loses the squares."""
+
 _ROWS_AT_ONCE = 2048  # rows of A_f whose logarithms exist at one time
 _PROPOSALS_AT_ONCE = 16  # proposals that are upsampled at one time
 _PIXELS_AT_ONCE = 65536  # pixels whose membership in all masks exists at one time
@@ -132,7 +135,7 @@ def aggregate_cross(
         words = shares @ tokens.mT / query.shape[1]
         _check_finite(layer, words)
         total += F.interpolate(words.unflatten(-1, grid), size, mode="bilinear", align_corners=False)
-    return total / torch.linalg.vector_norm(total, dim=(2, 3), keepdim=True).clamp_min(SMALLEST_PROBABILITY)
+    return total / torch.linalg.vector_norm(total, dim=(2, 3), keepdim=True).clamp_min(SMALLEST_NORM)
 
 
 def _check_finite(layer: int, *tensors: Tensor) -> None:
@@ -159,7 +162,7 @@ def merge(
     if walk is None:
         walk = "host" if attention.device.type == "cpu" or len(anchors) > _LARGEST_DEVICE_WALK else "device"
     index = _positions(grid, anchors, attention.device)
-    maps = torch.stack([_first_round(item, index, thresholds[0]) for item in attention])
+    maps = torch.stack([_first_round(item, index, thresholds[0], image) for image, item in enumerate(attention)])
     counts = torch.full((len(maps),), len(anchors), dtype=torch.int32, device=maps.device)
     for threshold in thresholds[1:]:
         maps, counts = _later_round(maps, counts, threshold, rule, walk)
@@ -181,7 +184,7 @@ def _positions(grid: Grid, anchors: Sequence[int], device: torch.device) -> Tens
     return (even(height, steps)[:, None] * width + even(width, steps)).flatten()
 
 
-def _first_round(attention: Tensor, index: Tensor, threshold: float) -> Tensor:
+def _first_round(attention: Tensor, index: Tensor, threshold: float, image: int = 0) -> Tensor:
     """For each anchor the mean of all maps within ``threshold`` of it: [N, N], cells [P] -> [P, N]."""
     compute = _compute_dtype(attention.dtype)
     anchor, anchor_log, anchor_entropy = _log_terms(attention[index].to(compute))
@@ -191,7 +194,7 @@ def _first_round(attention: Tensor, index: Tensor, threshold: float) -> Tensor:
         maps = attention[start : start + _ROWS_AT_ONCE].to(compute)
         clamped, log, entropy = _log_terms(maps)
         if maps.device.type == "cpu" and not bool(torch.isfinite(maps.sum(-1) + entropy).all()):
-            raise ValueError("attention: expected finite values, found NaN or infinity")
+            raise ValueError(f"attention: expected finite values, found NaN or infinity in image {image}")
         cross = anchor @ log.T + anchor_log @ clamped.T
         near = (anchor_entropy[:, None] + entropy - cross) / 2 < threshold
         near |= index[:, None] == torch.arange(start, start + len(maps), device=index.device)  # matches itself

@@ -201,7 +201,8 @@ def _tokens(tokenizer: Any, text: str, span: Span) -> list[int]:
 
 def token_shares(names: Sequence[dict[str, list[int]]], length: int, device: torch.device) -> Tensor:
     """The share of each token in each name, [B, names, tokens]; rows of zeros fill up."""
-    shares = torch.zeros(len(names), max(len(each) for each in names), length)
+    most = max(len(each) for each in names)
+    shares = torch.zeros(len(names), most, length, dtype=torch.float32, device="cpu")
     for item, each in enumerate(names):
         for row, indices in enumerate(each.values()):
             for index in indices:

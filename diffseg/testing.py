@@ -28,6 +28,7 @@ Layout = Literal["sd1", "sd2", "sdxl"]
 TOKENS = 77  # CLIP's context length
 _CROSS_ATTENTION_DIM = 32
 _SCORE_GAIN = 3.0  # on the weights of Q and of K: scores get a standard deviation near 3 instead of 1/3
+_FULL_SCORE_GAIN = 9.0  # of the full architecture: D between its maps lies on both sides of 1, not below 0.06
 
 _COMMON = {
     "in_channels": 4,
@@ -174,7 +175,8 @@ def stable_diffusion_components(
     tokenizer = spelling_tokenizer()
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type), device:
         torch.manual_seed(seed)
-        unet = _sharpened(UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8))
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        _sharpened(unet, _FULL_SCORE_GAIN)
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -187,11 +189,11 @@ def stable_diffusion_components(
     return {**{name: _cast(part, dtype).eval() for name, part in parts.items()}, "tokenizer": tokenizer}
 
 
-def _sharpened(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def _sharpened(unet: UNet2DConditionModel, gain: float = _SCORE_GAIN) -> UNet2DConditionModel:
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if name.endswith(("attn1.to_q.weight", "attn1.to_k.weight")):
-                parameter *= _SCORE_GAIN
+                parameter *= gain
     return unet
 
 

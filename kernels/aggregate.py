@@ -101,12 +101,15 @@ def aggregate(
         if computed[group.layers[0]]:
             _fill_logsumexps(group, output, queries, keys, rows, table)
 
+    attention = _summed_in(groups, output, out)
     written: set[Grid] = set()
     for group in groups:
-        _sum_tiles(group, output, queries, keys, rows, table, staged, out, group.grid in written)
+        _sum_tiles(group, output, queries, keys, rows, table, staged, attention, group.grid in written)
         written.add(group.grid)
     if output not in written:
-        _store_staged(output, table, staged, out)
+        _store_staged(output, table, staged, attention)
+    if attention is not out:
+        out.copy_(attention)
 
 
 def aggregate_maps(
@@ -127,12 +130,21 @@ def aggregate_maps(
         words += [maps[layer].data_ptr(), 0, 0, _pack(ratios[layer], 0.0)]
     staged = _Staging(groups, output, batch_size, device)
     table = integers_on_device(words + staged.words(), device)
+    attention = _summed_in(groups, output, out)
     written: set[Grid] = set()
     for group in groups:
-        _sum_rows(group, output, maps, table, staged, out, group.grid in written)
+        _sum_rows(group, output, maps, table, staged, attention, group.grid in written)
         written.add(group.grid)
     if output not in written:
-        _store_staged(output, table, staged, out)
+        _store_staged(output, table, staged, attention)
+    if attention is not out:
+        out.copy_(attention)
+
+
+def _summed_in(groups: Sequence[_Group], output: Grid, out: Tensor) -> Tensor:
+    """``out``, or float32 memory where several launches would each round a sum in it to bfloat16."""
+    launches = sum(group.grid == output for group in groups)
+    return torch.empty_like(out, dtype=torch.float32) if launches > 1 and out.dtype == torch.bfloat16 else out
 
 
 def _cells(grid: Grid) -> int:
@@ -188,7 +200,7 @@ def _upsampling_weights(grid: Grid, output: Grid, device: torch.device) -> Tenso
     """What each cell of ``grid`` adds to the sum of the upsampled map, float32 [n]."""
 
     def weights(side: int, upsampled: int) -> Tensor:
-        identity = torch.eye(side, device=device)[None]
+        identity = torch.eye(side, dtype=torch.float32, device=device)[None]
         return F.interpolate(identity, upsampled, mode="linear", align_corners=False)[0].sum(-1)
 
     return (weights(grid[0], output[0])[:, None] * weights(grid[1], output[1])).flatten()

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffseg.reference import SMALLEST_PROBABILITY
+from diffseg.reference import SMALLEST_NORM
 
 from .launch import OTHER, Config, choose, dot, exact_precision, integers_on_device, launch
 from .products import common_unit, product_constants, tile_scores
@@ -104,7 +104,7 @@ def _upsampled(staged: Tensor, offsets: dict[Grid, int], batch_size: int, words:
         staged=staged, grids=grids, maps=maps, squares=squares, words=words, height=size[0], width=size[1],
         GRIDS=len(offsets),
     )  # fmt: skip
-    return maps.div_(squares.sum(-1).sqrt_().clamp_min_(SMALLEST_PROBABILITY)[:, :, None, None])
+    return maps.div_(squares.sum(-1).sqrt_().clamp_min_(SMALLEST_NORM)[:, :, None, None])
 
 
 def score_masks(maps: Tensor, labels: Tensor, masks: int) -> Tensor:

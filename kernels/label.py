@@ -19,7 +19,7 @@ _PIXELS = {
 
 def label(maps: Tensor, counts: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """The winning proposal of each pixel, int32 [B, H, W]; as :func:`diffseg.reference.label`."""
-    batch_size = maps.shape[0]
+    batch_size, counts = maps.shape[0], counts.contiguous()
     winner = torch.empty(batch_size, *size, dtype=torch.int32, device=maps.device)
     config = choose(_PIXELS, maps.device)
     launch(

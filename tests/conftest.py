@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from typing import Any, NamedTuple
 
 # Read when OpenMP is loaded, so set before torch is: threads that wait sleep instead of spinning. On a busy machine
@@ -51,6 +52,7 @@ def poison() -> Iterator[None]:
 
 
 def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(allocate)
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
         tensor = allocate(*args, **kwargs)
         if tensor.dtype == torch.bool:

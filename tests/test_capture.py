@@ -883,7 +883,8 @@ def test_logsumexp_on_a_gpu(backend: SDPBackend | None, dtype: torch.dtype) -> N
             output, logsumexp = capture.scaled_dot_product_attention(query, key, value, None)
             expected = F.scaled_dot_product_attention(query, key, value)
         exact = backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-        torch.testing.assert_close(output, expected, rtol=0, atol=0 if exact else 2e-3)
+        atol = 0.0 if exact else 1.6e-2 if dtype == torch.bfloat16 else 2e-3  # two units of values up to 1
+        torch.testing.assert_close(output, expected, rtol=0, atol=atol)
         if logsumexp is not None:
             served += 1
             scores = query.double() @ key.double().mT * d**-0.5

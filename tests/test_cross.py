@@ -304,3 +304,19 @@ def test_bad_input_of_score_masks(changes: dict[str, Any], error: type[Exception
     given: dict[str, Any] = {"maps": torch.rand(1, 2, 4, 4), "labels": torch.zeros(1, 8, 8, dtype=torch.int32)}
     with pytest.raises(error, match=message):
         diffseg.score_masks(**(given | changes))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("gap", [30.0, 50.0, 60.0, 80.0])
+def test_a_word_that_is_hardly_attended_to_does_not_explode(backend: str, gap: float) -> None:
+    """Its norm is 1, or less where float32 has lost its squares."""
+    queries = [torch.ones(1, 1, 16, 1) + 0.01 * torch.rand(1, 1, 16, 1)]
+    keys = [torch.tensor([0.0, -gap]).view(1, 1, 2, 1)]
+    maps = diffseg.aggregate_cross(queries, keys, tokens=[[1]], scales=[1.0], size=(16, 16), backend=backend)
+    assert float(maps.norm()) < 1.001
+    assert gap > 30 or float(maps.norm()) > 0.999
+
+
+def test_labels_of_no_mask_are_refused() -> None:
+    with pytest.raises(ValueError, match="labels: expected at least one mask, got negative labels only"):
+        diffseg.score_masks(torch.rand(1, 2, 4, 4), torch.full((1, 8, 8), -1, dtype=torch.int32))

@@ -128,3 +128,57 @@ def test_gradients_are_refused():
         diffseg.segment(queries, keys, (16, 12), grids=GRIDS, anchors=4)
     with torch.no_grad():
         diffseg.segment(queries, keys, (16, 12), grids=GRIDS, anchors=4)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    queries, keys = layers()
+    text = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(1))
+    maps = [(query @ key.mT).softmax(-1) for query, key in zip(queries, keys, strict=True)]
+    return queries, keys, maps, text
+
+
+def results(inputs, backend):
+    """Of each op."""
+    queries, keys, maps, text = inputs
+    options = {"grids": GRIDS, "backend": backend}
+    attention = diffseg.aggregate(queries, keys, **options)
+    proposals = diffseg.merge(attention, grid=GRIDS[0], anchors=3, threshold=0.02, backend=backend)
+    labels = diffseg.label(proposals, (16, 12), backend=backend)
+    words = diffseg.aggregate_cross(queries, [text, text], tokens=[[0], [1, 2]], size=(16, 12), **options)
+    return [
+        attention,
+        diffseg.aggregate_maps(maps, **options),
+        *proposals[:2],
+        *diffseg.refine(attention, proposals)[:2],
+        labels,
+        words,
+        diffseg.score_masks(words, labels, backend=backend),
+        diffseg.segment(queries, keys, (16, 12), anchors=3, threshold=0.02, **options),
+    ]
+
+
+@pytest.fixture
+def default_dtype():
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(inputs, default_dtype, backend, dtype):
+    expected = results(inputs, backend)
+    default_dtype(dtype)
+    for one, other in zip(results(inputs, backend), expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing(inputs, backend, dtype):
+    expected = results(inputs, backend)
+    with torch.autocast("cpu", dtype=dtype):
+        found = results(inputs, backend)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

@@ -376,12 +376,14 @@ def test_a_graph_gives_the_eager_labels(gpu_pipe, replays, backend, compile):
     assert replays == [2] * 9
     for again in found[1:]:
         assert_same(again, found[0])
+    recording = next(iter(gpu_pipe._recordings._held.values()))
+    with torch.no_grad():  # the same calls without the graph, on the last batch's pixels
+        again = recording._run(recording._pixels)
+    for one, other in zip(again.labels, recording._result.labels, strict=True):
+        assert torch.equal(one, other)
     gpu_pipe._recordings.clear()
-    eager = gpu_pipe(given, batch_size=2, backend=backend)
-    if not compile:
-        assert_same(eager, found[0])
-    for one, other in zip(eager.labels, found[0].labels, strict=True):
-        assert (one == other).mean() >= 0.999
+    if not compile:  # compiled networks round otherwise, and these maps lie too close together for equal labels
+        assert_same(gpu_pipe(given, batch_size=2, backend=backend), found[0])
 
 
 @pytest.mark.gpu
@@ -467,8 +469,10 @@ def test_soak_on_a_gpu(gpu_pipe):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("batch_size", [1, 4, 8])
-def test_full_size_against_the_bare_forward(batch_size, backend, record_property):
+def test_full_size_against_the_bare_forward(batch_size, backend, record_property, monkeypatch):
     """Stable Diffusion 1.4's architecture at 512: with segmentation against the same recorded forward without it."""
+    for name in ("empty", "empty_like"):  # a graph would poison its memory at every replay
+        monkeypatch.setattr(torch, name, getattr(torch, name).__wrapped__)
     pipe = quiet(DiffSegPipeline(**testing.stable_diffusion_components(dtype=torch.float16, device="cuda")))
     pipe.to("cuda")
     given = [picture(512, 512, seed) for seed in range(batch_size)]

@@ -159,6 +159,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"grids: expected every grid to fit in the largest, 4 x 4, got 1 x 5"),
     "scales: too many": (aggregate(scales=[1.0] * 3), ValueError, "scales: expected 2 items, one a layer, got 3"),
     "scales: a number": (aggregate(scales=0.5), TypeError, "scales: expected a list of 2 numbers, got float 0.5"),
+    "scales: beyond float32": (aggregate(scales=[1e39, 1.0]), ValueError, "scales: expected numbers within float32's"),
+    "scales: beyond floats": (aggregate(scales=[10**400, 1.0]), ValueError, "scales: expected finite numbers, got 1"),
+    "backend: a list": (aggregate(backend=["cpu"]), ValueError, r"backend: expected one of .*, got \['cpu'\]"),
     "scales: NaN": (aggregate(scales=[1.0, NAN]), ValueError, "scales: expected finite numbers, got nan"),
     "scales: strings": (aggregate(scales=["a", "b"]), TypeError, "scales: expected numbers, got str 'a'"),
     "logsumexps: too few": (

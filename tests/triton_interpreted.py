@@ -94,6 +94,18 @@ class TestAggregate:
         scene = layers(grids, batch=2, dtype=torch.float32)
         assert_layers_without_a_share_are_not_read("triton", scene.queries, scene.keys, grids)
 
+    def test_storage_in_bfloat16_of_layers_that_are_not_alike(self, layers: Callable[..., Any]) -> None:
+        """Each is a launch of its own; the sum is rounded once."""
+        made = [layers([(4, 4)], heads=1 + layer % 3, dim=8 + layer, dtype=torch.float32) for layer in range(12)]
+        queries, keys = [scene.queries[0] for scene in made], [scene.keys[0] for scene in made]
+        maps = [(query @ key.mT).softmax(-1) for query, key in zip(queries, keys, strict=True)]
+        expected = diffseg.aggregate(queries, keys, backend="reference")
+        found = diffseg.aggregate(queries, keys, dtype=torch.bfloat16, backend="triton")
+        torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=0)
+        expected = diffseg.aggregate_maps(maps, backend="reference")
+        found = diffseg.aggregate_maps(maps, dtype=torch.bfloat16, backend="triton")
+        torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=0)
+
     def test_storage_in_bfloat16(self, layers: Callable[..., Any]) -> None:
         scene = layers(DIVISIBLE, dtype=torch.float32)
         options = {"grids": scene.grids, "dtype": torch.bfloat16}
@@ -263,6 +275,16 @@ class TestLabel:
         maps = torch.stack([torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), torch.tensor([9.0, 9.0])])[None]
         found = diffseg.label(Proposals(maps, torch.tensor([2], dtype=torch.int32), (1, 2)), (3, 3), backend="triton")
         assert found.eq(0).all()
+
+    def test_counts_of_any_stride(self) -> None:
+        maps = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0))
+        maps[:, 3] += 5
+        for counts in (
+            torch.tensor([[3, 4]] * 3, dtype=torch.int32)[:, 0],
+            torch.tensor([3], dtype=torch.int32).expand(3),
+        ):
+            found = diffseg.label(Proposals(maps, counts, (2, 3)), (4, 4), backend="triton")
+            assert int(found.max()) <= 2
 
     def test_no_proposals_label_everything_zero(self) -> None:
         found = label_kernels.label(torch.rand(1, 3, 4), torch.zeros(1, dtype=torch.int32), (2, 2), (5, 5))

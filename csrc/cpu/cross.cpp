@@ -179,7 +179,7 @@ int64_t aggregate_cross(const Layer* layers, int64_t count, int64_t batch, const
             for (int64_t word = 0; word < words.count; ++word) {
                 double square = 0;
                 for (int64_t y = 0; y < size.height; ++y) square += squares[word * size.height + y];
-                const float factor = 1.0f / most(static_cast<float>(sqrt(square)), kSmallestProbability);
+                const float factor = 1.0f / most(static_cast<float>(sqrt(square)), kSmallestNorm);
                 for (int64_t pixel = 0; pixel < size.cells(); ++pixel) maps[word * size.cells() + pixel] *= factor;
             }
         }

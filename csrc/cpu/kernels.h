@@ -48,6 +48,7 @@ constexpr int64_t kFinite = INT64_MAX;  // beyond the number of any layer or ima
 
 // Probabilities and divisors are clamped from below to this, as in the reference, so that zeros stay finite.
 constexpr float kSmallestProbability = 1e-30f;
+constexpr float kSmallestNorm = 1e-15f;  // of what is smaller, float32 loses the squares
 
 struct Kernels {
     // out [batch, N, N] over `grid`. Layers are sorted by grid, and none exceeds it. Returns kFinite, or the least

@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(kThreads)
     float square = 0;
     for (int part = threadIdx.x; part < parts; part += kThreads) square += squares[plane * parts + part];
     const float norm = sqrtf(block_sum<kWarps>(square, reinterpret_cast<float*>(shared_memory())));
-    const float factor = 1.0f / (norm < kSmallestProbability ? kSmallestProbability : norm);  // NaN stays NaN
+    const float factor = 1.0f / (norm < kSmallestNorm ? kSmallestNorm : norm);  // NaN stays NaN
 #pragma unroll
     for (int i = 0; i < kPixels; ++i) {
         const int pixel = blockIdx.x * kPiece + i * kThreads + threadIdx.x;

@@ -64,6 +64,7 @@ constexpr int kMostAnchors = 1024;
 
 // Probabilities and divisors are clamped from below to this, as in the reference, so that zeros stay finite.
 constexpr float kSmallestProbability = 1e-30f;
+constexpr float kSmallestNorm = 1e-15f;  // of what is smaller, float32 loses the squares
 
 struct Stream {
     uintptr_t handle;
