@@ -167,10 +167,21 @@ def record_attention(unet: Any, *, cross: bool = False) -> Iterator[AttentionRec
 
 
 def count_layers(unet: UNet2DConditionModel) -> int:
-    """The number of its self-attention layers; counted once, which takes longer than it may cost each call."""
-    if unet not in _LAYER_COUNTS:
-        _LAYER_COUNTS[unet] = len(_attention_layers(unet, cross=False))
-    return _LAYER_COUNTS[unet]
+    """The number of its self-attention layers."""
+    return len(_self_attention_levels(unet))
+
+
+def attention_grid(unet: UNet2DConditionModel, latent: Grid) -> Grid:
+    """The largest grid of its self-attention in a pass on latents of that height and width."""
+    return _halved(latent, min(_self_attention_levels(unet)))
+
+
+def _self_attention_levels(unet: UNet2DConditionModel) -> list[int]:
+    """How often the latent has been halved at each layer; found once, which takes longer than it may in each call."""
+    if unet not in _LEVELS:
+        levels = len(unet.config.block_out_channels)
+        _LEVELS[unet] = [_level(name, levels) for name in _attention_layers(unet, cross=False)]
+    return _LEVELS[unet]
 
 
 def record_pass(
@@ -303,7 +314,7 @@ class _Recorder:
 _RECORDERS: tuple[WeakKeyDictionary[UNet2DConditionModel, _Recorder], ...] = (WeakKeyDictionary(), WeakKeyDictionary())
 """Of self-attention and of cross-attention."""
 
-_LAYER_COUNTS: WeakKeyDictionary[UNet2DConditionModel, int] = WeakKeyDictionary()
+_LEVELS: WeakKeyDictionary[UNet2DConditionModel, list[int]] = WeakKeyDictionary()
 
 
 class _RecordingProcessor:
@@ -388,9 +399,8 @@ class _RecordingProcessor:
         self.compiled = torch.compiler.is_compiling()
 
     def grid(self, latent: Grid) -> Grid:
-        """Of the queries: each level of the UNet halves the sides of the last, rounding up."""
-        step = 2**self._level
-        return -(-latent[0] // step), -(-latent[1] // step)
+        """Of the queries."""
+        return _halved(latent, self._level)
 
     def layer(self, latent: Grid) -> _Layer:
         """What was recorded."""
@@ -436,6 +446,12 @@ def _attention_layers(unet: UNet2DConditionModel, cross: bool) -> dict[str, Atte
         for name, module in getattr(unet, part).named_modules(prefix=part)
         if isinstance(module, Attention) and module.is_cross_attention == cross
     }
+
+
+def _halved(latent: Grid, times: int) -> Grid:
+    """Each level of a UNet halves the sides of the last, rounding up."""
+    step = 2**times
+    return -(-latent[0] // step), -(-latent[1] // step)
 
 
 def _level(name: str, levels: int) -> int:

@@ -57,6 +57,8 @@ def to_picture(image: Any, name: str = "image") -> Tensor:
             raise ImageError(f"{name}: expected {_ACCEPTED}, got an array of shape {list(image.shape)}")
         if image.dtype.byteorder == ">":
             image = image.astype(image.dtype.newbyteorder("="))
+        if not image.flags.writeable:  # torch warns of such memory
+            image = image.copy()
         channels_last = image[..., None] if image.ndim == 2 else image
         _check_shape(channels_last.shape[-1], image.shape, name, "an array")
         return _from_channels(torch.from_numpy(np.ascontiguousarray(channels_last)).movedim(-1, 0), name)

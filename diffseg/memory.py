@@ -7,9 +7,11 @@ PyTorch gives a CPU's memory back at once, and the next call touches as much for
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,6 +38,21 @@ def attention_memory(like: Tensor, grid: Grid) -> Iterator[Tensor | None]:
         yield memory[: math.prod(shape)].view(shape)
     finally:
         _keep(memory)
+
+
+def available(device: torch.device) -> float:
+    """Bytes that a process could have on ``device``; infinity where nobody says."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return float(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) * 1024
+    except (OSError, StopIteration):
+        pass
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def release() -> None:

@@ -3,8 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Literal, TypeVar, Union
 
 import torch
@@ -15,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import backends, memory, ops, semantics
 from . import images as image_io
-from .capture import AttentionRecord, count_layers, record_pass
+from .capture import AttentionRecord, attention_grid, count_layers, record_pass
 from .checks import check_bool, check_integer, check_pair, check_rule, check_thresholds, check_weight_scheme, plain
 from .memory import attention_memory
 from .ops import Proposals, Rule, Weights
@@ -43,6 +44,8 @@ DEFAULT_TIMESTEP = 300
 
 TRAINING_STEPS = 1000
 """Of Stable Diffusion's noise schedule, where a UNet's configuration names no other number."""
+
+_LITTLE_MEMORY = 1 << 30  # bytes of A_f that nobody need ask for
 
 _NOT_NEEDED = ("feature_extractor", "image_encoder", "requires_safety_checker", "safety_checker", "scheduler")
 
@@ -104,6 +107,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         self._empty_prompt: Tensor | None = None
         self._recordings = Recordings()
         self._fused: Any = None  # the UNet whose projections are joined
+        self._laid_out: list[Any] = []  # networks made channels-last
         self._compiled: tuple[Callable[[Tensor], Tensor], Any] | None = None
         self._captioner: semantics.ModelCaptioner | None = None
 
@@ -134,6 +138,10 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         super().to(*args, **kwargs)
         self._recordings.drop_stale(self._networks())
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle: without graphs and compiled networks."""
+        return {**self.__dict__, "_recordings": Recordings(), "_compiled": None}
 
     @property
     def vae_scale_factor(self) -> int:
@@ -242,11 +250,13 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                 if captions is None and labels is None:
                     captions = self._captions(pictures, captioner, batch_size)
                 prompts = semantics.prompts(captions, labels, len(pictures))
+        for size in set(sizes):
+            self._check_memory(size)
         targets = [tuple(each.shape[1:]) for each in pictures] if match_input_resolution else sizes
         found_labels: dict[int, Tensor] = {}
         counts: dict[int, int] = {}
         latents: dict[int, Tensor] = {}  # for the second pass
-        with self.progress_bar(total=len(pictures)) as progress, lock_of(self.unet):
+        with self._progress(len(pictures)) as progress, lock_of(self.unet):
             for batch in _batches(sizes, batch_size):
                 found, encoded = self._segment(
                     _of(pictures, batch), sizes[batch[0]], _of(targets, batch), options, refine, clock
@@ -330,6 +340,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             backend=backend,
         )
         size = self.processed_size((height, width), processing_resolution)
+        self._check_memory(size)
         for network in self._networks():
             if hasattr(network, "_hf_hook"):
                 raise ValueError("warmup: expected weights that stay on one device, found hooks that move them")
@@ -349,11 +360,17 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             self._recordings.add(run, Shape(batch_size, size), options, self._execution_device, self._networks())
 
     def release(self) -> None:
-        """Frees graphs, buffers, compiled networks, joined projections, and the memory of A_f that a CPU keeps."""
+        """Frees graphs, buffers, compiled networks and the memory of A_f that a CPU keeps.
+
+        The weights are laid out as they were before :meth:`warmup`, and their projections apart.
+        """
         with lock_of(self.unet):
             self._recordings.clear()
             self._compiled = None
             self._split()
+            for network in self._laid_out:
+                network.to(memory_format=torch.contiguous_format)
+            self._laid_out.clear()
         memory.release()
 
     @torch.no_grad()
@@ -437,6 +454,10 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         other.set_progress_bar_config(disable=True)
         return other
 
+    def _progress(self, images: int) -> Any:
+        """A bar over several images."""
+        return self.progress_bar(total=images) if images > 1 else nullcontext(SimpleNamespace(update=lambda _: None))
+
     def _networks(self) -> list[Any]:
         return [network for network in (self.vae, self.unet) if network is not None]
 
@@ -479,7 +500,9 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _one(self, image: Any, resolution: Any) -> Tensor:
         """Pixels float32 [1, 3, h, w] in [0, 1] of one image on the device."""
         picture = image_io.to_picture(image)
-        return self._uploaded([picture], self.processed_size((picture.shape[1], picture.shape[2]), resolution))
+        size = self.processed_size((picture.shape[1], picture.shape[2]), resolution)
+        self._check_memory(size)
+        return self._uploaded([picture], size)
 
     def _proposals(
         self, latents: Tensor, options: Options, refine: bool, clock: "_StageClock", *, compiled: bool = False
@@ -623,7 +646,9 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _lay_out(self) -> None:
         """The weights as they are read fastest."""
         for network in self._networks():
-            network.to(memory_format=torch.channels_last)
+            if not _is_channels_last(network):
+                network.to(memory_format=torch.channels_last)
+                self._laid_out.append(network)
         if self._execution_device.type == "cuda" and self._fused is not self.unet:
             self._split()
             if fuse_projections(self.unet):
@@ -656,6 +681,18 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             wanted = (longer * size[0] / max(size), longer * size[1] / max(size))
         height, width = (max(1, round(side / self.size_multiple)) * self.size_multiple for side in wanted)
         return height, width
+
+    def _check_memory(self, size: Grid) -> None:
+        """Raises ValueError where A_f of one image would not fit into the memory that is there."""
+        factor = self.vae_scale_factor
+        cells = math.prod(attention_grid(self.unet, (size[0] // factor, size[1] // factor)))
+        needed = 4 * cells**2
+        if needed > _LITTLE_MEMORY and needed > (there := memory.available(self._execution_device)):
+            raise ValueError(
+                f"processing_resolution: at {size[0]} x {size[1]} A_f has {cells} x {cells} entries, "
+                f"{needed / 2**30:.0f} GiB, and {there / 2**30:.0f} GiB of memory are available; the model's own size "
+                f"is {self._default_resolution()} pixels"
+            )
 
     def _default_resolution(self) -> int:
         """The side, in pixels, at which the UNet was trained."""
@@ -722,6 +759,10 @@ def _batches(sizes: list[Grid], batch_size: int) -> Iterator[list[int]]:
         same = [index for index, each in enumerate(sizes) if each == size]
         for start in range(0, len(same), batch_size):
             yield same[start : start + batch_size]
+
+
+def _is_channels_last(network: torch.nn.Module) -> bool:
+    return all(each.is_contiguous(memory_format=torch.channels_last) for each in network.parameters() if each.ndim == 4)
 
 
 def _of(values: Sequence[T], indices: Sequence[int]) -> list[T]:

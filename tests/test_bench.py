@@ -223,7 +223,7 @@ class TestPasses:
             outcome = passes.measure(made, timer, task, 1)
             assert outcome.samples.keys() == {"cpu", "eager"}
             run.add_pass(record, outcome, 1)
-            monkeypatch.setattr(suite, "memory_free", lambda device: 0.0)
+            monkeypatch.setattr(suite.memory, "available", lambda device: 0.0)
             run.add_pass(record, passes.measure(made, timer, task, 2), 2)
             assert record["notes"][-1].startswith("pass 3 is missing: it needs about 0 GiB")
             assert [len(each["samples"]) for each in record["contenders"]] == [2, 2]
@@ -294,7 +294,7 @@ def test_sizes_and_batches_multiply() -> None:
 
 
 def test_a_row_without_memory_is_skipped(monkeypatch: pytest.MonkeyPatch, timer: Timer) -> None:
-    monkeypatch.setattr(suite, "memory_free", lambda device: 1e6)
+    monkeypatch.setattr(suite.memory, "available", lambda device: 1e6)
     with Suite(Settings()) as made:
         record = run.run_row(made, Row("merge", "noise"), timer, LIMITS)
     assert record["state"] == "skipped"
@@ -303,7 +303,7 @@ def test_a_row_without_memory_is_skipped(monkeypatch: pytest.MonkeyPatch, timer:
 
 
 def test_the_faster_walk_is_the_baseline(timer: Timer) -> None:
-    with Suite(Settings()) as made:
+    with Suite(Settings(stages=("merge",))) as made:
         record = run.run_row(made, Row("merge", "noise", (128, 128)), timer, LIMITS)
     medians = {each["name"]: each["seconds"]["median"] for each in record["contenders"] if each["role"] == "baseline"}
     assert len(medians) == 2

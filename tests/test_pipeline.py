@@ -12,7 +12,7 @@ from PIL import Image
 from pipelines import modules_run, picture, quiet
 
 import diffseg
-from diffseg import images, ops, testing
+from diffseg import images, memory, ops, testing
 from diffseg.pipeline import DiffSegPipeline
 
 THRESHOLD = 0.01  # the maps of random weights differ little
@@ -366,3 +366,21 @@ def test_attention_checks_weights_and_backend(pixel_pipe, monkeypatch):
 def test_small_images(pixel_pipe, size):
     output = pixel_pipe(picture(*size))
     assert output.labels[0].shape == size
+
+
+def test_a_size_whose_attention_does_not_fit_is_refused_before_the_network_runs(pipe, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 2**30)
+    with modules_run() as ran:
+        for run in (pipe, pipe.attention, pipe.record):
+            with pytest.raises(ValueError, match="at 1024 x 1536 A_f has 24576 x 24576 entries, 2 GiB, and 1 GiB of"):
+                run(picture(), processing_resolution=(1024, 1536))
+    assert ran == []
+
+
+def test_only_several_images_have_a_progress_bar(checkpoint, capsys):
+    pipe = DiffSegPipeline.from_pretrained(checkpoint)
+    capsys.readouterr()
+    pipe(picture())
+    assert capsys.readouterr().err == ""
+    pipe([picture(), picture()])
+    assert "2/2" in capsys.readouterr().err

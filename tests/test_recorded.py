@@ -1,6 +1,8 @@
 """Shapes held ready by ``pipe.warmup``: the labels of the eager pipeline, at less cost."""
 
+import copy
 import logging
+import pickle
 import resource
 import threading
 
@@ -70,12 +72,38 @@ def test_recorded_labels_are_the_eager_ones(checkpoint, replays):
     pipe.warmup(2, 128, 128)
     found = pipe(given, batch_size=2)
     assert replays == [2, 2]
-    pipe.release()
+    pipe._recordings.clear()
     assert_same(pipe(given, batch_size=2), found)
+    assert not pipe.unet.conv_in.weight.is_contiguous()
+    pipe.release()
+    assert pipe.unet.conv_in.weight.is_contiguous()
+    assert_same(pipe(given, batch_size=2), before)
     assert replays == [2, 2]
     for one, other in zip(found.labels, before.labels, strict=True):
         assert (one == other).mean() >= 0.999
     assert max(found.num_segments) > 1
+
+
+def test_a_layout_that_was_chosen_stays(checkpoint):
+    pipe = quiet(DiffSegPipeline.from_pretrained(checkpoint))
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.warmup(1, 128, 128)
+    pipe.release()
+    assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert pipe.vae.encoder.conv_in.weight.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"]
+)
+def test_a_warm_pipeline_can_be_copied(pipe, copied):
+    pipe.warmup(1, 16, 16)
+    found = pipe(picture())
+    other = copied(pipe)
+    assert_same(other(picture()), found)
+    assert not other._recordings._held
+    other.release()
+    assert pipe._recordings._held
 
 
 def test_options_belong_to_a_recording(pipe, replays):

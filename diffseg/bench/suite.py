@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import ops
+from .. import memory, ops
 from ..backends import BACKENDS, OPS
 from ..reference import Grid
 from . import cases, cost, gates, peers
@@ -171,7 +169,7 @@ class Suite:
 
     def plan(self, row: Row) -> Plan:
         """Makes inputs and contenders, which may take longer than timing them. Raises Unavailable."""
-        needed, free = memory_needed(row), memory_free(self.device)
+        needed, free = memory_needed(row), memory.available(self.device)
         if needed > free:
             raise Unavailable(f"it needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
         if row.stage in NETWORK_STAGES:
@@ -556,17 +554,3 @@ def memory_needed(row: Row) -> float:
     heads = {"golden": 2, "bundled": 10, "sd14": 40}.get(row.case, 2)
     maps = {"maps": 3, "published": 2}.get(row.stage, 0) * heads * row.batch  # and what a copy of as many takes
     return float(row.cells**2) * (4 * (3 * row.batch + maps) + 40)
-
-
-def memory_free(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return float(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) * 1024
-    except (OSError, StopIteration):
-        pass
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        return math.inf
