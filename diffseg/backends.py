@@ -98,7 +98,7 @@ def _load_triton() -> SimpleNamespace:
     try:
         import triton
     except ImportError as error:
-        raise ImportError(f"Triton is not installed ({error}): pip install '.[triton]' in a checkout") from error
+        raise ImportError(f"Triton is not installed ({error}): pip install -e '.[triton]' in a checkout") from error
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2):
         raise ImportError(f"expected Triton 3.2 or later, found {triton.__version__}")
     if not torch.cuda.is_available() and not _TRITON_INTERPRETED:

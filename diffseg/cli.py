@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import glob
+import json
 import os
 import platform
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +25,10 @@ from .loading import UsageError
 if TYPE_CHECKING:
     from .folder import Job
 
+_NOTED = (  # in the files of labels
+    "model", "dtype", "threshold", "anchors", "iterations", "rule", "weights", "timestep", "processing_resolution",
+    "refine", "semantic", "caption", "labels", "captioner", "keep_masks",
+)  # fmt: skip
 _DECIDING = ("threshold", "anchors", "iterations", "rule", "weights", "timestep", "backend")  # the segments
 
 
@@ -30,14 +38,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
-        _check_instruction_set()
-        return command(options)
+        with _terminable():
+            _check_instruction_set()
+            return command(options)
     except (UsageError, OSError) as error:
         print(f"diffseg: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("diffseg: interrupted", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM interrupts, so that no temporary file stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,7 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument(
         "--batch-size", type=_positive, default=2, metavar="N", help="images a pass (default: %(default)s)"
     )
-    segment.add_argument("--time", action="store_true", help="print how long each stage took")
+    segment.add_argument(
+        "--time", action="store_true", help="print how long each stage took, without decoding and writing"
+    )
 
     for name, module, purpose in (
         ("evaluate", evaluate, "measure DiffSeg and its baselines on a data set"),
@@ -122,11 +146,12 @@ def _segment(options: argparse.Namespace) -> int:
             raise UsageError(f"{name}: expected --semantic, --caption or --labels with it")
     output = Path(options.output)
     loading.check_output("--output", output)
-    jobs, incomplete = _plan(_expand(options.images, output), output, force=options.force, semantic=options.semantic)
+    loading.check_backend(options.backend, loading.find_device(options.device))
+    loading.check_checkpoint("--model", options.model)
+    loading.check_checkpoint("--captioner", options.captioner)
+    jobs, incomplete = _plan(_expand(options.images, output), output, _settings(options), force=options.force)
     if not jobs:
         return 1 if incomplete else 0
-    loading.check_backend(options.backend, loading.find_device(options.device))
-    loading.check_checkpoint("--captioner", options.captioner)
 
     from tqdm import tqdm
 
@@ -143,15 +168,14 @@ def _segment(options: argparse.Namespace) -> int:
             progress.update()
             if outcome.error is not None:
                 progress.write(_failure(job, outcome.error), file=sys.stderr)
+            else:
+                progress.write(f"{job.overlay}  {outcome.segments} segment{'s' if outcome.segments != 1 else ''}")
 
         outcomes, seconds = segment_files(pipe, jobs, asked, batch_size=options.batch_size, done=done)
-    written = [(job.overlay, each.segments) for job, each in zip(jobs, outcomes, strict=True) if each.error is None]
-    for overlay, count in written:
-        print(f"{overlay}  {count} segments")
-    if options.time and written:
+    failed = sum(outcome.error is not None for outcome in outcomes)
+    if options.time and failed < len(jobs):
         for stage, value in seconds.items():
-            print(f"{stage:>10}  {1000 * value / len(written):8.1f} ms")
-    failed = len(jobs) - len(written)
+            print(f"{stage:>10}  {1000 * value / (len(jobs) - failed):8.1f} ms")
     if failed:
         print(f"diffseg: {failed} of {len(jobs)} images failed", file=sys.stderr)
     return 1 if failed or incomplete else 0
@@ -162,10 +186,15 @@ def _failure(job: Job, error: Exception) -> str:
     return str(error) if str(job.source) in str(error) else f"{job.source}: {error}"
 
 
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What decides the segments of an image and their names, as it was asked for."""
+    return {name: getattr(options, name) for name in _NOTED}
+
+
 def _expand(patterns: Sequence[str], output: Path) -> list[Path]:
     """The files that paths, folders and glob patterns name, in order, each once.
 
-    Folders and patterns do not name the results of an earlier run in ``output``.
+    Folders and patterns do not name the results of an earlier run.
     """
     from .images import SUFFIXES
 
@@ -173,7 +202,7 @@ def _expand(patterns: Sequence[str], output: Path) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            found = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES)
+            found = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES and each.is_file())
             found = _without_results(found, output)
             if not found:
                 raise UsageError(f"{path}: expected a folder with images ({', '.join(SUFFIXES)}), found none")
@@ -199,22 +228,28 @@ def _results(directory: Path, source: Path) -> tuple[Path, Path, Path]:
 
 
 def _without_results(found: Sequence[Path], output: Path) -> list[Path]:
-    """``found`` without labels and overlays, both of them, that lie in ``output`` beside their image."""
+    """``found`` without labels and overlays, both beside their image, that are in ``output`` or noted as results."""
+    from .folder import settings_of
+
     there = set(found)
     results: set[Path] = set()
     for source in found:
         written = _results(source.parent, source)[:2]
-        if there.issuperset(written) and source.parent.resolve() == output.resolve():
+        if there.issuperset(written) and (
+            source.parent.resolve() == output.resolve() or settings_of(written[0]) is not None
+        ):
             results.update(written)
     return [path for path in found if path not in results]
 
 
-def _plan(sources: Sequence[Path], directory: Path, *, force: bool, semantic: bool) -> tuple[list[Job], int]:
-    """What there is to do, and the number of images of which only some outputs exist.
+def _plan(sources: Sequence[Path], directory: Path, settings: dict[str, Any], *, force: bool) -> tuple[list[Job], int]:
+    """What there is to do, and the number of images that are left with only some of their outputs.
 
-    Without ``force`` those are left as they are, and said; so are images of which all outputs exist.
+    Without ``force`` images of which all outputs exist are left as they are, and said; so are those of which only some
+    exist, unless the labels are of the same settings, as after a run that was killed. Labels of other settings are
+    refused.
     """
-    from .folder import Job
+    from .folder import Job, settings_of
 
     taken: dict[str, Path] = {}
     inputs = {source.resolve(): source for source in sources}
@@ -224,14 +259,19 @@ def _plan(sources: Sequence[Path], directory: Path, *, force: bool, semantic: bo
             raise UsageError(f"{taken[source.stem]} and {source} would both write {source.stem}_labels.png")
         taken[source.stem] = source
         labels, overlay, listing = _results(directory, source)
-        job = Job(source, labels, overlay, listing if semantic else None)
+        named = settings["semantic"]
+        stale = listing if force and not named else None
+        job = Job(source, labels, overlay, listing if named else None, stale, json.dumps(settings))
         for path in job.outputs:
             if path.resolve() in inputs:
                 raise UsageError(
                     f"--output: {source} would be written to {path}, which is an input too: give another folder"
                 )
         missing = [output for output in job.outputs if not output.exists()]
-        if force or missing == job.outputs:
+        noted = None if force or labels in missing else settings_of(labels)
+        if noted not in (None, settings):
+            raise UsageError(_conflict(labels, noted or {}, settings))
+        if force or missing == job.outputs or (missing and noted is not None):
             jobs.append(job)
         elif missing:
             incomplete += 1
@@ -245,6 +285,18 @@ def _plan(sources: Sequence[Path], directory: Path, *, force: bool, semantic: bo
             file=sys.stderr,
         )
     return jobs, incomplete
+
+
+def _conflict(labels: Path, noted: dict[str, Any], settings: dict[str, Any]) -> str:
+    changed = [
+        f"{name} was {json.dumps(noted.get(name))}, is {json.dumps(settings[name])}"
+        for name in settings
+        if noted.get(name) != settings[name]
+    ]
+    return (
+        f"{labels} is of other settings: {'; '.join(changed)}. Give those to go on, another --output, or --force to "
+        "overwrite"
+    )
 
 
 def _say_incomplete(job: Job, missing: Sequence[Path]) -> None:

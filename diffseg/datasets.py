@@ -261,7 +261,9 @@ def open_dataset(
     if kind != "folder" and (classes, unlabelled) != (None, None):
         raise DatasetError(f"classes, unlabelled: expected for folder alone, {kind} has its own")
     if not root.is_dir():
-        raise DatasetError(f"{root}: expected the folder of {kind}, found {'a file' if root.exists() else 'nothing'}")
+        raise DatasetError(
+            f"{root}: expected a data set's folder, of layout {kind}, found {'a file' if root.exists() else 'nothing'}"
+        )
     listed = None if image_list is None else _read_list(Path(image_list))
     if kind == "coco-stuff":
         items, truth_format, classes = _coco_stuff(root, split, listed, watch)

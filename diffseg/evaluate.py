@@ -140,7 +140,7 @@ def start(state: Any, options: argparse.Namespace, needed: Sequence[str]) -> tup
     """
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
-        raise UsageError(f"{', '.join(missing)} not installed: pip install '.[evaluate]' in a checkout")
+        raise UsageError(f"{', '.join(missing)} not installed: pip install -e '.[evaluate]' in a checkout")
     if options.limit is not None and options.limit < 1:
         raise UsageError(f"--limit: expected at least 1, got {options.limit}")
     if options.dataset == "folder" and options.split is not None:

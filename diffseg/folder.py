@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from . import images, visualize
@@ -30,7 +31,8 @@ _PASSES_BEFORE_RECORDING = 3  # of one shape, on a GPU
 _RECORDED_SHAPES = 8
 _MOST_FILES = 8  # that are decoded, and that are written, at a time
 OVERLAY_COMPRESSION = 1  # of overlays as PNG: takes a third of the default's time and a quarter more space
-_FAILURES = (ValueError, OSError)  # of one image; anything else ends the run
+_NOTE = "diffseg"  # key of the settings in a PNG file of labels
+_FAILURES = (ValueError, OSError, torch.OutOfMemoryError)  # of one image; anything else ends the run
 
 
 class Job(NamedTuple):
@@ -40,6 +42,8 @@ class Job(NamedTuple):
     labels: Path
     overlay: Path
     listing: Path | None = None  # of the segments, where they are named
+    stale: Path | None = None  # what an earlier run said of the labels that these replace
+    settings: str = ""  # JSON, kept in the labels' file
 
     @property
     def outputs(self) -> list[Path]:
@@ -72,6 +76,16 @@ class _Result(NamedTuple):
 class _Pass(NamedTuple):
     results: list[_Result]
     seconds: Mapping[str, float]
+
+
+def settings_of(labels: Path) -> dict[str, Any] | None:
+    """What :func:`segment_files` noted in a file of labels; None where there is no such note."""
+    try:
+        with Image.open(labels) as image:
+            found = json.loads(image.info[_NOTE])
+    except (OSError, SyntaxError, KeyError, TypeError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def segment_files(
@@ -274,6 +288,14 @@ def _segmented(pipe: Any, batch: list[_Item], options: dict[str, Any]) -> _Pass:
     return _Pass(results, output.timings)
 
 
+def _note(settings: str) -> PngInfo | None:
+    if not settings:
+        return None
+    note = PngInfo()
+    note.add_itxt(_NOTE, settings)
+    return note
+
+
 def _write(job: Job, result: _Result) -> None:
     """The files appear, one after the other, only once all are whole."""
     overlay = visualize.overlay(images.to_array(result.item.picture), result.labels)
@@ -283,11 +305,13 @@ def _write(job: Job, result: _Result) -> None:
     job.labels.parent.mkdir(parents=True, exist_ok=True)
     whole = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in job.outputs}
     try:
-        visualize.label_image(result.labels).save(whole[job.labels], format="PNG")
+        visualize.label_image(result.labels).save(whole[job.labels], format="PNG", pnginfo=_note(job.settings))
         Image.fromarray(overlay).save(whole[job.overlay], format="PNG", compress_level=OVERLAY_COMPRESSION)
         if job.listing is not None:
             listing = json.dumps({"caption": result.caption, "segments_info": result.named}, indent=1)
             whole[job.listing].write_text(listing + "\n", encoding="utf-8")
+        if job.stale is not None:
+            job.stale.unlink(missing_ok=True)
         for path, temporary in whole.items():
             os.replace(temporary, path)
     finally:

@@ -42,6 +42,7 @@ def load_pipeline(
     """The pipeline of a checkpoint, or of the bundled model, without progress bars of its own."""
     import torch
     from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     from .pipeline import DiffSegPipeline
     from .tiny import MODEL
@@ -51,7 +52,8 @@ def load_pipeline(
     dtype = dtype or _fastest_dtype(place, model)
     if announce:
         print(f"using {_described(model, f'in {dtype} on {place}')}", file=sys.stderr)
-    logging.disable_progress_bar()  # of loading, beside which the progress over images would not be seen
+    for library in (logging, transformers_logging):  # beside bars of loading the progress over images is not seen
+        library.disable_progress_bar()
     try:
         pipe = DiffSegPipeline.from_pretrained(model or MODEL, dtype=getattr(torch, dtype)).to(place)
     except (OSError, RuntimeError, ValueError) as error:
@@ -84,7 +86,11 @@ def find_device(name: str | None) -> torch.device:
 
 
 def check_checkpoint(option: str, name: str | None) -> None:
-    """Raises UsageError where ``name`` can only be a folder's, and there is none."""
+    """Raises UsageError where ``name`` is a file's, or can only be a folder's, and there is none."""
+    if name is not None and Path(name).is_file():
+        raise UsageError(
+            f"{option} {name}: expected a folder with a diffusers checkpoint, or the name of one, got a file"
+        )
     if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise UsageError(f"{option} {name}: no such folder")
 

@@ -162,8 +162,8 @@ def tagger() -> Any:
         from HanTa.HanoverTagger import HanoverTagger
     except ImportError as error:
         raise ImportError(
-            f"finding the nouns of a caption needs HanTa ({error}): pip install '.[semantic]' in a checkout, or pass "
-            "labels="
+            f"finding the nouns of a caption needs HanTa ({error}): pip install -e '.[semantic]' in a checkout, or "
+            "pass labels="
         ) from error
     return HanoverTagger("morphmodel_en.pgz")
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,13 @@ def test_results_beside_the_images_are_no_inputs(folder, capsys, no_work, given)
     assert cli.main(["segment", given, "-o", "in"]) == 0
     assert "3 of 3 images have outputs in in and are skipped" in capsys.readouterr().err
     assert len(list((folder / "in").iterdir())) == 9
+
+
+def test_results_of_an_earlier_run_are_no_inputs_of_a_later_one(folder):
+    for output in ("in", "segments"):
+        assert cli.main(["segment", "in", "-o", output]) == 0
+    assert len(list((folder / "in").iterdir())) == 9
+    assert len(outputs(folder)) == 6
 
 
 def test_results_elsewhere_are_images(folder):
@@ -115,12 +123,46 @@ def test_incomplete_outputs_are_reported(folder, capsys):
     assert cli.main(["segment", "in"]) == 0
 
 
-def test_names_asked_for_after_a_plain_run(folder, capsys):
+def test_results_of_other_settings_are_refused(folder, capsys):
     assert cli.main(["segment", "in/scene0.png"]) == 0
-    assert cli.main(["segment", "in/scene0.png", "--labels", "sky"]) == 1
-    assert (
-        "segments/scene0_labels.png and segments/scene0_overlay.png exist, segments/scene0_segments.json is missing"
-    ) in capsys.readouterr().err
+    before = (folder / "segments" / "scene0_labels.png").read_bytes()
+    for options, changed in (
+        (["--labels", "sky"], 'semantic was false, is true; labels was null, is "sky"'),
+        (["--threshold", "0.5"], "threshold was null, is 0.5"),
+    ):
+        assert cli.main(["segment", "in", *options]) == 2
+        assert f"diffseg: segments/scene0_labels.png is of other settings: {changed}." in capsys.readouterr().err
+    assert (folder / "segments" / "scene0_labels.png").read_bytes() == before
+    assert len(outputs(folder)) == 2
+    assert cli.main(["segment", "in", "--threshold", "0.5", "--force"]) == 0
+    assert cli.main(["segment", "in", "--threshold", "0.5"]) == 0
+
+
+def test_what_a_killed_run_left_is_finished(folder, capsys):
+    assert cli.main(["segment", "in"]) == 0
+    expected = (folder / "segments" / "scene1_overlay.png").read_bytes()
+    (folder / "segments" / "scene1_overlay.png").unlink()
+    assert cli.main(["segment", "in"]) == 0
+    assert (folder / "segments" / "scene1_overlay.png").read_bytes() == expected
+
+
+def test_names_of_labels_that_are_replaced_go(folder):
+    (folder / "segments").mkdir()
+    (folder / "segments" / "scene0_segments.json").write_text("{}")
+    assert cli.main(["segment", "in/scene0.png", "--force"]) == 0
+    assert outputs(folder) == ["scene0_labels.png", "scene0_overlay.png"]
+
+
+def test_a_run_that_is_terminated_leaves_nothing_half_written(folder):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffseg.cli", "segment", "in"], stderr=subprocess.PIPE, text=True
+    )
+    while not (folder / "segments").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (0, 130), error
+    assert not [name for name in outputs(folder) if name.startswith(".")]
 
 
 def test_an_unreadable_image_does_not_stop_the_others(folder, capsys):

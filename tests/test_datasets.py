@@ -247,10 +247,10 @@ def test_crop_and_resize(folder):
 
 @pytest.mark.parametrize("kind", datasets.KINDS)
 def test_a_wrong_root(kind, tmp_path):
-    with pytest.raises(DatasetError, match=f"nowhere: expected the folder of {kind}, found nothing"):
+    with pytest.raises(DatasetError, match=f"nowhere: expected a data set's folder, of layout {kind}, found nothing"):
         open_dataset(kind, tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DatasetError, match=f"file: expected the folder of {kind}, found a file"):
+    with pytest.raises(DatasetError, match=f"file: expected a data set's folder, of layout {kind}, found a file"):
         open_dataset(kind, tmp_path / "file")
     (tmp_path / "root" / "something").mkdir(parents=True)
     with pytest.raises(DatasetError, match=r"root: expected .*, found something/"):

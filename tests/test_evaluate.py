@@ -218,7 +218,7 @@ def test_a_missing_package_is_named_at_the_start(scenes, tmp_path, capsys, monke
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
     assert cli.main([command, "folder", str(scenes), "-o", str(tmp_path / "out")]) == 2
-    assert f"{package} not installed: pip install '.[evaluate]' in a checkout" in capsys.readouterr().err
+    assert f"{package} not installed: pip install -e '.[evaluate]' in a checkout" in capsys.readouterr().err
 
 
 def test_bad_files_are_listed_before_any_work(scenes, tmp_path, capsys, monkeypatch):

@@ -132,7 +132,7 @@ def test_two_processes_share_the_images(root, dataset, tmp_path):
     assert parts == [[f"{index:02}" for index in range(first, IMAGES, 2)] for first in (0, 1)]
     assert runs.finished(tmp_path) == go(dataset, tmp_path / "alone")
     errors = [(root / f"error-{process}").read_text() for process in (0, 1)]
-    assert "nowhere: expected the folder of folder" in errors[0]
+    assert "nowhere: expected a data set's folder, of layout folder" in errors[0]
     assert errors[0] == errors[1]
 
 

@@ -75,7 +75,7 @@ def test_a_noun_that_stands_twice_is_one_name() -> None:
 def test_without_the_tagger_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "HanTa.HanoverTagger", None)
     semantics.tagger.cache_clear()
-    with pytest.raises(ImportError, match=r"pip install '\.\[semantic\]' in a checkout, or pass labels="):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[semantic\]' in a checkout, or pass labels="):
         semantics.nouns("a dog")
 
 
@@ -472,8 +472,12 @@ def test_command_line(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monk
         np.asarray(Image.open("kept/street_labels.png")), np.asarray(Image.open("plain/street_labels.png"))
     )
     capsys.readouterr()
-    assert cli.main([*command, "-o", "named", "--labels", "car"]) == 0
+    assert cli.main([*command, "-o", "named", "--labels", "traffic light, car"]) == 0
     assert "1 of 1 images have outputs in named and are skipped (--force overwrites)" in capsys.readouterr().err
+    assert cli.main([*command, "-o", "named", "--labels", "car"]) == 2
+    assert 'other settings: labels was "traffic light, car", is "car"' in capsys.readouterr().err
+    assert cli.main([*command, "-o", "named", "--force"]) == 0
+    assert not Path("named", "street_segments.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -501,7 +505,7 @@ def test_command_line_without_the_tagger(
     Image.fromarray(picture(64, 64)).save(tmp_path / "a.png")
     command = ["segment", str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--model", str(checkpoint)]
     assert cli.main([*command, "--semantic"]) == 2
-    assert "pip install '.[semantic]' in a checkout" in capsys.readouterr().err
+    assert "pip install -e '.[semantic]' in a checkout" in capsys.readouterr().err
     assert cli.main([*command, "--caption", "a cat", "--labels", "cat"]) == 0
 
 

@@ -147,7 +147,7 @@ def kmeans_missing() -> str | None:
     try:
         import sklearn.cluster  # noqa: F401
     except ImportError as error:
-        return f"scikit-learn is not installed ({error}): pip install '.[evaluate]' in a checkout"
+        return f"scikit-learn is not installed ({error}): pip install -e '.[evaluate]' in a checkout"
     return None
 
 

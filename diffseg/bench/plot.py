@@ -20,7 +20,7 @@ def check(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise PlotError("--plot needs matplotlib: pip install '.[evaluate]' in a checkout") from error
+        raise PlotError("--plot needs matplotlib: pip install -e '.[evaluate]' in a checkout") from error
 
 
 def save(rows: list[Record], title: str, path: Path) -> None:
