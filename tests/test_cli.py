@@ -1,5 +1,6 @@
 """The command line, called as the entry point calls it, with the bundled model."""
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -161,7 +162,7 @@ def test_a_run_that_is_terminated_leaves_nothing_half_written(folder):
         time.sleep(0.01)
     process.terminate()
     _, error = process.communicate(timeout=60)
-    assert process.returncode in (0, 130), error
+    assert process.returncode in (130, 0, -signal.SIGTERM), error  # the latter two: it was done
     assert not [name for name in outputs(folder) if name.startswith(".")]
 
 
