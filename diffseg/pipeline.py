@@ -307,9 +307,9 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         On a GPU everything from pixels to labels is recorded as one CUDA graph. Later calls with as many images that
         are processed at the same size, with the same options, replay it; images of another size of their own get their
-        labels outside the graph. Other calls run eagerly, which the logger of ``diffseg.recorded`` says once a shape at
-        debug level; so do those with ``refine`` or ``time_stages``. On a CPU the same call is made once, so that
-        kernels are loaded.
+        labels outside the graph. Each shape holds the memory of its pass. Other calls run eagerly, which the logger of
+        ``diffseg.recorded`` says once a shape at debug level; so do those with ``refine`` or ``time_stages``. On a CPU
+        the same call is made once, so that kernels are loaded.
 
         The weights are laid out channels-last and, on a GPU, those of Q, K and V are copied into one product: they must
         not be changed, loaded or adapted until :meth:`release`; then warm up again. A network that is moved, cast or

@@ -77,7 +77,6 @@ class Recording:
     Args:
         run: from pixels, float32 [B, 3, h, w] in [0, 1] on ``device``; must not wait for it.
         weights: tensors that the graph reads.
-        pool: of the graph's memory; recordings that share one must not run at the same time.
     """
 
     def __init__(
@@ -86,7 +85,6 @@ class Recording:
         shape: Shape,
         device: torch.device,
         weights: Sequence[Tensor] = (),
-        pool: Any = None,
     ) -> None:
         self._run = run
         self._staging, self._pixels = staging(shape, device)
@@ -97,7 +95,7 @@ class Recording:
         self._result: Segmented | None = None
         if device.type == "cuda":
             with torch.cuda.device(device):
-                self._capture(pool)
+                self._capture()
         else:
             run(self._pixels)
 
@@ -109,7 +107,7 @@ class Recording:
         self._graph.replay()
         return self._result
 
-    def _capture(self, pool: Any) -> None:
+    def _capture(self) -> None:
         stream = self._stream = _stream_of_no_graph()
         _CAPTURED.add(self)
         stream.wait_stream(torch.cuda.current_stream())
@@ -118,7 +116,7 @@ class Recording:
                 self._run(self._pixels)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._result = self._run(self._pixels)
 
 
@@ -128,7 +126,8 @@ _CAPTURED: WeakSet[Recording] = WeakSet()
 def _stream_of_no_graph() -> torch.cuda.Stream:
     """A stream on which no living graph was captured, if there is one.
 
-    A graph's end may free what its stream's cuBLAS calls work in, and PyTorch hands out some 32 streams in turn.
+    A graph's end may free what its stream's cuBLAS calls work in, and PyTorch hands out some 32 streams in turn. Graphs
+    of different streams share no memory: each holds its own intermediates.
     """
     taken = {each._stream.cuda_stream for each in _CAPTURED if each._stream is not None}
     streams = [torch.cuda.Stream() for _ in range(len(taken) + 1)]
@@ -142,7 +141,6 @@ class Recordings:
         self._held: dict[tuple[Shape, Options], Recording] = {}
         self._missed: set[tuple[Shape, Options]] = set()
         self._marks: tuple[Any, ...] = ()
-        self._pool: Any = None
 
     def add(
         self,
@@ -155,10 +153,8 @@ class Recordings:
         """Records ``run``, in place of a recording of the same shape and options."""
         self.drop_stale(networks)
         self._held.pop((shape, options), None)
-        if device.type == "cuda" and self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         weights = [tensor.data for network in networks for tensor in (*network.parameters(), *network.buffers())]
-        self._held[shape, options] = Recording(run, shape, device, weights, self._pool)
+        self._held[shape, options] = Recording(run, shape, device, weights)
         self._missed.discard((shape, options))
         self._marks = _marks(networks)
 
@@ -174,7 +170,6 @@ class Recordings:
     def clear(self) -> None:
         self._held.clear()
         self._missed.clear()
-        self._pool = None
 
     def drop_stale(self, networks: Sequence[nn.Module]) -> None:
         """Ends the recordings unless the weights of ``networks`` lie where they did."""
