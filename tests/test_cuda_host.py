@@ -174,6 +174,44 @@ class TestAggregate:
             queries, keys, grids=grids, scales=[0.2, 0.3, 0.1, 0.25, 0.4], weights=[1.0, 2.0, 0.0, 3.0, 0.5]
         )
 
+    @pytest.mark.parametrize("given", [True, False], ids=["logsumexps", "computed"])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_heads_of_one_chunk_and_of_several(
+        self, host: Host, layers: Callable[..., Any], dtype: torch.dtype, given: bool
+    ) -> None:
+        """Both kernels that sum, each at the output grid and below it, more rows than a tile, projections' strides."""
+        large, small, smaller = (11, 13), (5, 6), (4, 7)
+        shapes = [
+            (large, 2, 40), (large, 3, 24),  # one chunk of 96 bytes
+            (large, 2, 128),  # two of 128
+            (large, 1, 80),  # one of 160
+            (small, 1, 160), (small, 2, 80),  # two of 160 in the launch
+            (smaller, 1, 64),  # one of 128
+        ]  # fmt: skip
+        made = [layers([grid], batch=2, heads=heads, dim=dim, dtype=dtype) for grid, heads, dim in shapes]
+        queries, keys = (
+            [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors]
+            for tensors in ([scene.queries[0] for scene in made], [scene.keys[0] for scene in made])
+        )
+        options: dict[str, Any] = {
+            "grids": [grid for grid, _, _ in shapes],
+            "scales": [0.1 + 0.05 * k for k in range(len(shapes))],
+            "weights": [float(1 + k) for k in range(len(shapes))],
+            "logsumexps": None,
+        }
+        if given:
+            options["logsumexps"] = [
+                (query.double() @ key.double().mT * scale).logsumexp(-1).float()
+                for query, key, scale in zip(queries, keys, options["scales"], strict=True)
+            ]
+        with host.recorded() as launches:
+            diffseg.aggregate(queries, keys, backend="cuda", **options)
+        lows, output = ["sum_chunks", "sum_scores"], ["sum_chunks", "sum_scores", "sum_chunks"]
+        names = [launch[0].removesuffix("_kernel") for launch in launches]
+        assert [name for name in names if name.startswith("sum_")] == lows + output
+        assert ("logsumexp" in names) != given
+        check_aggregate(queries, keys, **options)
+
     @pytest.mark.parametrize("small", [(2, 2), (2, 3)], ids=["divisible", "indivisible"])
     def test_more_layers_than_a_launch_takes(self, layers: Callable[..., Any], small: tuple[int, int]) -> None:
         grids = [(4, 4)] * 34 + [small] * 35
@@ -634,6 +672,11 @@ NETWORKS = {  # (number, grid, heads, channels a head) of the self-attention lay
     "SD 2.1": ((5, 96, 5, 64), (5, 48, 10, 64), (5, 24, 20, 64), (1, 12, 20, 64)),
     "SDXL": ((10, 64, 10, 64), (60, 32, 20, 64)),
 }
+SUMS_OF_16_BITS = {  # heads of 160 channels are of two chunks
+    "SD 1.4": {"sum_scores_kernel", "sum_chunks_kernel"},
+    "SD 2.1": {"sum_chunks_kernel"},
+    "SDXL": {"sum_chunks_kernel"},
+}
 
 
 class TestPlans:
@@ -661,11 +704,13 @@ class TestPlans:
         assert host.module.aggregate_workspace(layers, dtype, out) < (32 << 20)
         with host.recorded() as launches:
             host.module.aggregate(layers, dtype, out, 256, host.module.Queue(0, 0))
-        assert {launch[0] for launch in launches} == {"logsumexp_kernel", "sum_scores_kernel", "rows_kernel"}
+        kernels = {"sum_scores_kernel"} if dtype == "float32" else SUMS_OF_16_BITS[network]
+        assert {launch[0] for launch in launches} == {"logsumexp_kernel", "rows_kernel"} | kernels
         assert all(int(launch[5]) <= SMALLEST_LIMIT for launch in launches)
         if network == "SD 1.4" and dtype == "float16":
-            sums = [int(launch[1]) for launch in launches if launch[0] == "sum_scores_kernel"]
-            assert sums == [3 * 64 + 5 * 4 + 1, 32 * 32]  # three parts at 32 x 32, five at 16 x 16; then A_f
+            sums = [(launch[0], int(launch[1])) for launch in launches if launch[0].startswith("sum_")]
+            lows = 3 * 64 + 5 * 4 + 1  # three parts at 32 x 32, five at 16 x 16
+            assert sums == [("sum_scores_kernel", lows), ("sum_chunks_kernel", 32 * 32)]
 
     def test_aggregate_of_layers_below_the_output_grid(self, host: Host) -> None:
         """A row of A_f is as long as the output grid asks, without shared memory to hold it."""

@@ -5,13 +5,21 @@
 //
 //   logsumexp_kernel   where no log-sum-exps are given: a block takes 128 rows of a head through all its keys
 //   sum_scores_kernel  a block takes a 128 x 128 tile through all layers and heads; the tile is stored once
+//   sum_chunks_kernel  the same, where all layers of a launch are of 16 bits and their heads of one chunk
 //
 // Layers below the output grid are summed first, at their own resolution, in parts of some layers each so that small
 // grids fill the GPU; rows_kernel (rows.cu) adds the parts in order, and normalises rows where upsampling does not
 // multiply all sums alike. The sum of the output grid's layers adds them, upsampled, as it stores; where there is no
-// such layer, rows_kernel stores them. Of size n x n there are only these sums. In both kernels above Q and K pass
-// through shared memory in chunks of at most 160 bytes a row, copied asynchronously one chunk ahead. Two warps share 32
-// rows: a warp holds 32 x 64 scores and as many sums in registers.
+// such layer, rows_kernel stores them. Of size n x n there are only these sums.
+//
+// In the kernels above Q and K pass through shared memory in chunks of at most 160 bytes a row, copied asynchronously
+// one chunk ahead. Scores of several chunks are finished only with the last: two warps share 32 rows, and a warp holds
+// 32 x 64 scores and as many sums in registers, so that a multiprocessor holds one block. Scores of one chunk are
+// finished at once: a warp holds 16 x 128 sums and the scores of 16 columns, whose exponentials run beside the next
+// products. Where the chunk is of 96 bytes (up to 48 channels) that takes 128 registers a thread: two blocks share a
+// multiprocessor that has 138 KB of shared memory, one computes while the other waits or stores. The price: all eight
+// warps of a block read K's chunk, not four, 27 matrix loads a warp and head in place of 18. Scores of float32 take the
+// first way also where the chunk is one: beside their three products and the sums of these, exponentials are few.
 //
 // At SD 1.4, the 64 x 64 layers: 54 GFLOP (64 with the padded width), 0.67 G exp2, 64 MB written; Q and K (26 MB) stay
 // in the second-level cache, from which a tile reads 20 KB a head, 0.8 GB in all. Without log-sum-exps the products and
@@ -34,6 +42,9 @@ constexpr int kMostLayers = 32;
 constexpr int kMostSegments = 16;
 constexpr int kPartBytes = 16 << 20;    // of an image's partial sums of one grid, at most: no matter the batch
 constexpr int kBlocksWanted = 2 * 132;  // of the low-resolution sums
+// Widths of a chunk: a layer takes as many equal ones of them as hold its channels with the least padding.
+constexpr int kChunks[] = {96, 128, 160};
+constexpr int kWidths = 3;
 constexpr float kLn2 = 0.6931471805599453f;
 
 struct Entry {  // a layer; strides and depth count 16 bytes
@@ -58,14 +69,19 @@ struct Table {
 };
 static_assert(sizeof(Table) <= 4096, "every driver takes arguments of this size");
 
-using Scores = float[2][8][4];  // [16 rows][8 columns] fragments of a warp's 32 x 64
+// A warp's part of a tile in fragments of 16 rows and 8 columns: 32 x 64, or 16 x 128.
+template <int kFragments>  // along the rows
+using Sums = float[kFragments][16 / kFragments][4];
+using Scores = Sums<2>;
 
 // Row of fragment element `c` of rows `i`, and its column in fragment `j`, in the block's tile.
+template <int kFragments>
 DIFFSEG_DEVICE int fragment_row(int i, int c) {
-    return threadIdx.x / 64 * kWarpRows + i * 16 + c / 2 * 8 + threadIdx.x % 32 / 4;
+    return (threadIdx.x / 32 / kFragments * kFragments + i) * 16 + c / 2 * 8 + threadIdx.x % 32 / 4;
 }
+template <int kFragments>
 DIFFSEG_DEVICE int fragment_column(int j, int c) {
-    return threadIdx.x / 32 % 2 * kWarpColumns + j * 8 + threadIdx.x % 4 * 2 + c % 2;
+    return (threadIdx.x / 32 % kFragments * (16 / kFragments) + j) * 8 + threadIdx.x % 4 * 2 + c % 2;
 }
 
 // A chunk of 128 rows of Q and of K in shared memory. The rows' pitch is an odd multiple of 16 bytes: the eight rows of
@@ -111,19 +127,23 @@ DIFFSEG_DEVICE int chunks_of(const Entry& layer) {
     return ceil_div(layer.depth, kChunk / 16);
 }
 
+// sum += a b for operands of 16 bits: 16 channels.
+template <Type kType>
+DIFFSEG_DEVICE void multiply_16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    static_assert(kType != Type::float32);
+    if constexpr (kType == Type::float16)
+        multiply_float16(sum, a, b0, b1);
+    else
+        multiply_bfloat16(sum, a, b0, b1);
+}
+
 // scores += Q K^T over 32 bytes of channels: fragments of rows i, j.
 template <Type kType>
 DIFFSEG_DEVICE void multiply_step(Scores& scores, const uint32_t (&a)[2][4], const uint32_t (&b)[4], int j) {
-    static_assert(kType != Type::float32);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        if constexpr (kType == Type::float16) {
-            multiply_float16(scores[i][j], a[i], b[0], b[1]);
-            multiply_float16(scores[i][j + 1], a[i], b[2], b[3]);
-        } else {
-            multiply_bfloat16(scores[i][j], a[i], b[0], b[1]);
-            multiply_bfloat16(scores[i][j + 1], a[i], b[2], b[3]);
-        }
+        multiply_16<kType>(scores[i][j], a[i], b[0], b[1]);
+        multiply_16<kType>(scores[i][j + 1], a[i], b[2], b[3]);
     }
 }
 
@@ -178,22 +198,37 @@ DIFFSEG_DEVICE void multiply_chunk(const unsigned char* stage, Scores& scores) {
     }
 }
 
-DIFFSEG_DEVICE void clear(Scores& scores) {
+template <int kFragments>
+DIFFSEG_DEVICE void clear(Sums<kFragments>& sums) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < kFragments; ++i)
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
+        for (int j = 0; j < 16 / kFragments; ++j)
 #pragma unroll
-            for (int c = 0; c < 4; ++c) scores[i][j][c] = 0;
+            for (int c = 0; c < 4; ++c) sums[i][j][c] = 0;
+}
+
+// What a block sums: 128 x 128 of a segment, of one image.
+struct Tile {
+    const Segment& segment;
+    int row, column, batch;
+};
+
+DIFFSEG_DEVICE Tile find_tile(const Table& table) {
+    int index = 0;
+    while (index + 1 < table.count && static_cast<int>(blockIdx.x) >= table.segments[index + 1].first_block) ++index;
+    const Segment& segment = table.segments[index];
+    const int tile = blockIdx.x - segment.first_block, tiles = ceil_div(segment.cells, kTile);
+    return {segment, tile / tiles * kTile, tile % tiles * kTile, static_cast<int>(blockIdx.y)};
 }
 
 // A place in the sequence of layers, heads and chunks.
 struct Cursor {
     int layer, head, chunk;
 
-    template <int kChunk>
+    template <int kChunk, bool kOneChunk>
     DIFFSEG_DEVICE void advance(const Table& table) {
-        if (++chunk < chunks_of<kChunk>(table.layers[layer])) return;
+        if (!kOneChunk && ++chunk < chunks_of<kChunk>(table.layers[layer])) return;
         chunk = 0;
         if (++head < table.layers[layer].heads) return;
         head = 0;
@@ -201,12 +236,13 @@ struct Cursor {
     }
 };
 
-// The constant part of the exponents of a thread's four rows: [16-row fragment, half of it].
-DIFFSEG_DEVICE void load_offsets(const Entry& layer, int batch, int head, int row, float (&offsets)[4]) {
+// The constant part of the exponents of a thread's rows: halves of 16-row fragments.
+template <int kHalves>
+DIFFSEG_DEVICE void load_offsets(const Entry& layer, int batch, int head, int row, float (&offsets)[kHalves]) {
     const float* rows = layer.logsumexps + (static_cast<int64_t>(batch) * layer.heads + head) * layer.cells;
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-        const int index = row + fragment_row(r / 2, r % 2 * 2);
+    for (int r = 0; r < kHalves; ++r) {
+        const int index = row + fragment_row<kHalves / 2>(r / 2, r % 2 * 2);
         offsets[r] = index < layer.cells ? fmaf(rows[index], -kLog2E, layer.offset) : 0.0f;
     }
 }
@@ -221,20 +257,50 @@ DIFFSEG_DEVICE void add_exponentials(Scores& total, const Scores& scores, float 
                 total[i][j][c] += exp2_approximate(fmaf(scores[i][j][c], scale, offsets[2 * i + c / 2]));
 }
 
+// total += the shares of heads of one chunk. Q's fragments stay in registers, and 16 columns are taken at a time: their
+// exponentials run beside the next ones' products.
+template <Type kType, int kChunk>
+DIFFSEG_DEVICE void add_shares(Sums<1>& total, const unsigned char* stage, float scale, const float (&offsets)[2]) {
+    constexpr int kPitch = Stage<kChunk>::kPitch, kSteps = kChunk / 32;
+    const int lane = threadIdx.x % 32;
+    const unsigned char* a_row = stage + (threadIdx.x / 32 * 16 + lane % 16) * kPitch + lane / 16 * 16;
+    const unsigned char* b_row = stage + (kTile + lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 16;
+    uint32_t a[kSteps][4], b[4];
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) load_matrices(a[k], a_row + k * 32);
+#pragma unroll
+    for (int j = 0; j < 16; j += 2) {
+        float scores[2][4] = {};
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            load_matrices(b, b_row + j * 8 * kPitch + k * 32);
+#pragma unroll
+            for (int n = 0; n < 2; ++n) multiply_16<kType>(scores[n], a[k], b[2 * n], b[2 * n + 1]);
+        }
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int c = 0; c < 4; ++c)
+                total[0][j + n][c] += exp2_approximate(fmaf(scores[n][c], scale, offsets[c / 2]));
+    }
+}
+
 // A tile of sums in shared memory, so that rows are stored whole. Pitch: 8 banks beyond a multiple of 32, for pairs.
 constexpr int kSumPitch = kTile + 8;
 constexpr int kSumBytes = kTile * kSumPitch * static_cast<int>(sizeof(float));
 constexpr int kRowsOfWarp = kTile / (kThreads / 32);
 
-DIFFSEG_DEVICE void spread(const Scores& total, float* sums) {
+template <int kFragments>
+DIFFSEG_DEVICE void spread(const Sums<kFragments>& total, float* sums) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < kFragments; ++i)
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
+        for (int j = 0; j < 16 / kFragments; ++j)
 #pragma unroll
-            for (int c = 0; c < 4; c += 2)
-                *reinterpret_cast<float2*>(sums + fragment_row(i, c) * kSumPitch + fragment_column(j, c)) = {
-                    total[i][j][c], total[i][j][c + 1]};
+            for (int c = 0; c < 4; c += 2) {
+                float* pair = sums + fragment_row<kFragments>(i, c) * kSumPitch + fragment_column<kFragments>(j, c);
+                *reinterpret_cast<float2*>(pair) = {total[i][j][c], total[i][j][c + 1]};
+            }
 }
 
 DIFFSEG_DEVICE Quad load_quad(const float* source) {
@@ -247,10 +313,11 @@ DIFFSEG_DEVICE Quad load_quad(const float* source) {
 DIFFSEG_DEVICE void add_low(float* sums, const Output& output, const Low& low, int batch, int row, int column,
                             int cells) {
     const Upsampler upsample(output, low, batch, column);
+    const uint32_t mine = upsample.source(row + threadIdx.x % kRowsOfWarp);  // it divides: a lane does so for one row
     int source = -1;
     Quad more = {};
     for (int r = 0; r < kRowsOfWarp && row + r < cells; ++r) {
-        const int next = upsample.source(row + r);
+        const int next = static_cast<int>(broadcast(mine, r));
         if (next != source) more = upsample(next);
         source = next;
         float* target = sums + r * kSumPitch;
@@ -260,58 +327,75 @@ DIFFSEG_DEVICE void add_low(float* sums, const Output& output, const Low& low, i
     }
 }
 
-// Stores the tile at (row, column); a thread takes four columns of 16 rows.
-DIFFSEG_DEVICE void store_tile(const Table& table, const Segment& segment, int batch, int row, int column,
-                               const Scores& total) {
+// Stores a block's sums; a thread takes four columns of 16 rows.
+template <int kFragments>
+DIFFSEG_DEVICE void store_tile(const Table& table, const Tile& tile, const Sums<kFragments>& total) {
     float* sums = reinterpret_cast<float*>(shared_memory());
     sync_block();  // the last chunk has been read
     spread(total, sums);
     sync_block();
     const int first = threadIdx.x / 32 * kRowsOfWarp, quad = threadIdx.x % 32 * kQuad;
+    const int row = tile.row + first, column = tile.column + quad, cells = tile.segment.cells;
     sums += first * kSumPitch + quad;
-    row += first, column += quad;
     for (int low = 0; low < table.output.count; ++low)
-        add_low(sums, table.output, table.output.lows[low], batch, row, column, segment.cells);
-    for (int r = 0; r < kRowsOfWarp && row + r < segment.cells; ++r)
-        store(segment.out, table.output, batch, row + r, column, segment.cells, load_quad(sums + r * kSumPitch));
+        add_low(sums, table.output, table.output.lows[low], tile.batch, row, column, cells);
+    for (int r = 0; r < kRowsOfWarp && row + r < cells; ++r)
+        store(tile.segment.out, table.output, tile.batch, row + r, column, cells, load_quad(sums + r * kSumPitch));
+}
+
+// Calls take(chunk in shared memory, its cursor) for each chunk of a tile's layers and heads, in order.
+template <int kChunk, bool kOneChunk, class Take>
+DIFFSEG_DEVICE void for_each_chunk(const Table& table, const Tile& tile, Take take) {
+    unsigned char* stages = shared_memory();
+    const auto copy = [&](int stage, const Cursor& at) {
+        copy_chunk<kChunk>(stages + stage * Stage<kChunk>::kBytes, table.layers[at.layer], tile.batch, at.head,
+                           tile.row, tile.column, at.chunk);
+    };
+    Cursor next = {tile.segment.first_layer, 0, 0};
+    copy(0, next);
+    for (int stage = 0; next.layer < tile.segment.end_layer; stage ^= 1) {
+        const Cursor at = next;
+        next.advance<kChunk, kOneChunk>(table);
+        wait_for_copies();
+        sync_block();  // the chunk is there for all, and the other stage has been read by all
+        if (next.layer < tile.segment.end_layer) copy(stage ^ 1, next);
+        take(stages + stage * Stage<kChunk>::kBytes, at);
+    }
 }
 
 // Grid: (tiles of all segments, batch).
 template <Type kType, int kChunk>
 __global__ void __launch_bounds__(kThreads, 1) sum_scores_kernel(const __grid_constant__ Table table) {
-    int index = 0;
-    while (index + 1 < table.count && static_cast<int>(blockIdx.x) >= table.segments[index + 1].first_block) ++index;
-    const Segment& segment = table.segments[index];
-    const int tile = blockIdx.x - segment.first_block, tiles = ceil_div(segment.cells, kTile);
-    const int row = tile / tiles * kTile, column = tile % tiles * kTile, batch = blockIdx.y;
-    unsigned char* stages = shared_memory();
-    Scores total;
+    const Tile tile = find_tile(table);
+    Scores total, scores;
     clear(total);
-    Cursor now = {segment.first_layer, 0, 0}, ahead = now;
-    int stage = 0;
-    copy_chunk<kChunk>(stages, table.layers[ahead.layer], batch, 0, row, column, 0);
-    ahead.advance<kChunk>(table);
-    while (now.layer < segment.end_layer) {
-        const Entry& layer = table.layers[now.layer];
-        float offsets[4];
-        load_offsets(layer, batch, now.head, row, offsets);
-        Scores scores;
-        clear(scores);
-        do {
-            wait_for_copies();
-            sync_block();  // the chunk is there for all, and the other stage has been read by all
-            if (ahead.layer < segment.end_layer) {
-                copy_chunk<kChunk>(stages + (stage ^ 1) * Stage<kChunk>::kBytes, table.layers[ahead.layer], batch,
-                                   ahead.head, row, column, ahead.chunk);
-                ahead.advance<kChunk>(table);
-            }
-            multiply_chunk<kType, kChunk>(stages + stage * Stage<kChunk>::kBytes, scores);
-            stage ^= 1;
-            now.advance<kChunk>(table);
-        } while (now.chunk != 0);
-        add_exponentials(total, scores, layer.scale, offsets);
-    }
-    store_tile(table, segment, batch, row, column, total);
+    float offsets[4];
+    for_each_chunk<kChunk, false>(table, tile, [&](const unsigned char* stage, const Cursor& at) {
+        const Entry& layer = table.layers[at.layer];
+        if (at.chunk == 0) {
+            clear(scores);
+            load_offsets(layer, tile.batch, at.head, tile.row, offsets);
+        }
+        multiply_chunk<kType, kChunk>(stage, scores);
+        if (at.chunk == chunks_of<kChunk>(layer) - 1) add_exponentials(total, scores, layer.scale, offsets);
+    });
+    store_tile(table, tile, total);
+}
+
+// Grid: (tiles of all segments, batch).
+template <Type kType, int kChunk>
+__global__ void __launch_bounds__(kThreads, kChunk == kChunks[0] ? 2 : 1)
+    sum_chunks_kernel(const __grid_constant__ Table table) {
+    const Tile tile = find_tile(table);
+    Sums<1> total;
+    clear(total);
+    for_each_chunk<kChunk, true>(table, tile, [&](const unsigned char* stage, const Cursor& at) {
+        const Entry& layer = table.layers[at.layer];
+        float offsets[2];
+        load_offsets(layer, tile.batch, at.head, tile.row, offsets);
+        add_shares<kType, kChunk>(total, stage, layer.scale, offsets);
+    });
+    store_tile(table, tile, total);
 }
 
 // Takes a tile's scores of a thread's row `r` into account.
@@ -320,7 +404,7 @@ DIFFSEG_DEVICE void add_scores(Online& online, const Scores& scores, int r, floa
     float larger = online.largest;
 #pragma unroll
     for (int n = 0; n < 16; ++n) {
-        const bool inside = column + fragment_column(n / 2, n % 2) < cells;
+        const bool inside = column + fragment_column<2>(n / 2, n % 2) < cells;
         exponent[n] = inside ? scores[r / 2][n / 2][r % 2 * 2 + n % 2] * scale : -INFINITY;
         larger = fmaxf(larger, exponent[n]);
     }
@@ -341,14 +425,14 @@ DIFFSEG_DEVICE void store_logsumexps(Online (&online)[4], float* target, int row
 #pragma unroll
         for (int mask = 1; mask < 4; mask *= 2)
             online[r].merge(shuffle_xor(online[r].largest, mask), shuffle_xor(online[r].sum, mask));
-        const int line = fragment_row(r / 2, r % 2 * 2);
+        const int line = fragment_row<2>(r / 2, r % 2 * 2);
         if (second && leader) largest[line] = online[r].largest, sums[line] = online[r].sum;
     }
     sync_block();
     if (second || !leader) return;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-        const int line = fragment_row(r / 2, r % 2 * 2);
+        const int line = fragment_row<2>(r / 2, r % 2 * 2);
         online[r].merge(largest[line], sums[line]);
         if (row + line < cells) target[row + line] = (online[r].largest + log2f(online[r].sum)) * kLn2;
     }
@@ -385,10 +469,6 @@ __global__ void __launch_bounds__(kThreads, 1) logsumexp_kernel(const __grid_con
 
 using Kernel = void (*)(Table);
 
-// Widths of a chunk: a layer takes as many equal ones of them as hold its channels with the least padding.
-constexpr int kChunks[] = {96, 128, 160};
-constexpr int kWidths = 3;
-
 int width_index(const Layer& layer, int element_size) {
     const int bytes = layer.depth * element_size;
     const int count = ceil_div(bytes, kChunks[kWidths - 1]);
@@ -401,6 +481,13 @@ template <Type kType>
 Kernel sum_scores_of(int width) {
     constexpr Kernel kernels[] = {sum_scores_kernel<kType, kChunks[0]>, sum_scores_kernel<kType, kChunks[1]>,
                                   sum_scores_kernel<kType, kChunks[2]>};
+    return kernels[width];
+}
+
+template <Type kType>
+Kernel sum_chunks_of(int width) {
+    constexpr Kernel kernels[] = {sum_chunks_kernel<kType, kChunks[0]>, sum_chunks_kernel<kType, kChunks[1]>,
+                                  sum_chunks_kernel<kType, kChunks[2]>};
     return kernels[width];
 }
 
@@ -538,12 +625,21 @@ class Aggregation {
     }
 
     void launch_sums(const Table& table, int blocks, int width, Stream stream) const {
+        if (table.count == 0) return;
+        const dim3 grid(blocks, out_.batch);
+        const size_t shared = std::max<size_t>(stage_bytes(width), kSumBytes);
+        const Entry* end = table.layers + table.segments[table.count - 1].end_layer;
+        const auto one_chunk = [&](const Entry& layer) { return 16 * layer.depth <= kChunks[width]; };
+        if (type_ != Type::float32 && std::all_of(table.layers, end, one_chunk)) {
+            const Kernel kernel = type_ == Type::float16 ? sum_chunks_of<Type::float16>(width)
+                                                         : sum_chunks_of<Type::bfloat16>(width);
+            launch("sum_chunks_kernel", kernel, grid, kThreads, shared, stream, table);
+            return;
+        }
         const Kernel kernel = type_ == Type::float32   ? sum_scores_of<Type::float32>(width)
                               : type_ == Type::float16 ? sum_scores_of<Type::float16>(width)
                                                        : sum_scores_of<Type::bfloat16>(width);
-        if (table.count > 0)
-            launch("sum_scores_kernel", kernel, dim3(blocks, out_.batch), kThreads,
-                   std::max<size_t>(stage_bytes(width), kSumBytes), stream, table);
+        launch("sum_scores_kernel", kernel, grid, kThreads, shared, stream, table);
     }
 
     // Appends a segment for `layers`, from `used` on in the table; returns its blocks.

@@ -37,10 +37,13 @@ class Upsampler {
         const int cells = height_ * width_;
         const int64_t small = low.height * low.width;
         sums_ = low.sums + batch * small * small;
+        int last = -1;
+        Tap down = {};
 #pragma unroll
         for (int c = 0; c < kQuad; ++c) {
-            const int clamped = column + c < cells ? column + c : cells - 1;
-            taps_[c] = taps(clamped / width_, clamped % width_, low.height, low.width, height_, width_);
+            const int clamped = column + c < cells ? column + c : cells - 1, line = clamped / width_;
+            if (line != last) down = tap(line, low.height, height_), last = line;
+            taps_[c] = taps(down, tap(clamped - line * width_, low.width, width_), low.width);
         }
     }
 

@@ -42,11 +42,14 @@ struct Taps {
     float weights[4];
 };
 
-DIFFSEG_BOTH Taps taps(int row, int column, int small_height, int small_width, int height, int width) {
-    const Tap down = tap(row, small_height, height), across = tap(column, small_width, width);
+DIFFSEG_BOTH Taps taps(const Tap& down, const Tap& across, int small_width) {
     return {{down.first * small_width + across.first, down.first * small_width + across.second,
              down.second * small_width + across.first, down.second * small_width + across.second},
             {down.near * across.near, down.near * across.far, down.far * across.near, down.far * across.far}};
+}
+
+DIFFSEG_BOTH Taps taps(int row, int column, int small_height, int small_width, int height, int width) {
+    return taps(tap(row, small_height, height), tap(column, small_width, width), small_width);
 }
 
 DIFFSEG_DEVICE float sample(const float* map, const Taps& at) {
