@@ -1,13 +1,16 @@
 """The README's code means what it says: each "Equivalent to" is run against its op."""
 
+import json
 import math
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 import diffseg
+from diffseg.bench import report
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -55,3 +58,37 @@ def test_label():
         "F": F, "maps": proposals.maps[0], "count": int(proposals.counts), "grid": proposals.grid, "size": (24, 20),
     }  # fmt: skip
     assert torch.equal(eval(equivalent("label"), names).int(), diffseg.label(proposals, (24, 20)))
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+MEASURED = {  # rows of the README's tables: which of those of this name, the file of results, and the row there
+    ("queries and keys to labels", 0): ("-sd14-ops", "segment sd14"),
+    ("`aggregate`, from queries and keys", 0): ("-sd14-ops", "aggregate sd14"),
+    ("`aggregate_maps`, from attention maps", 0): ("-sd14-ops", "maps sd14"),
+    ("queries and keys to labels", 1): ("", "segment bundled"),
+    ("`merge`", 0): ("", "merge bundled"),
+    ("`merge`, uniform noise", 0): ("", "merge noise"),
+    ("`label`", 0): ("", "label bundled"),
+}
+
+
+def measured(suffix: str, name: str) -> tuple[dict, dict]:
+    """The C++ kernels and their baseline in a row of the committed results."""
+    (path,) = RESULTS.glob(f"cpu-*-????-??-??{suffix}.json")
+    (row,) = (row for row in json.loads(path.read_text())["rows"] if row["name"].startswith(f"{name} "))
+    by_name = {each["name"]: each for each in row["contenders"]}
+    subject = by_name.get("cpu") or next(each for each in row["contenders"] if each["role"] == "subject")
+    return subject, by_name[row["baseline"]]
+
+
+@pytest.mark.parametrize(("stage", "index"), MEASURED)
+def test_tables_are_those_of_the_results(stage, index):
+    subject, baseline = measured(*MEASURED[stage, index])
+    line = [line for line in README.splitlines() if line.startswith(f"| {stage} |")][index]
+    found = [cell.strip() for cell in line.strip("|").split("|")][1:]
+    faster = subject["times_faster"]
+    expected = [report.seconds(each["seconds"]["median"]) for each in (subject, baseline)]
+    expected += [report.factor(faster["median"]), report.bounds(faster)]
+    expected += [report.amount(each["memory_bytes"]) for each in (subject, baseline)]
+    assert found == expected[: len(found)]
+    assert len(found) >= 4
