@@ -3,6 +3,8 @@
 The extensions use pybind11 and no torch header, so one build serves every torch version. OpenMP is compiled in but its
 runtime is not linked: the symbols resolve to the copy that torch has loaded, so that a process has one thread pool.
 
+``MAX_JOBS`` is the number of files that are compiled at a time, 1 unless it is set.
+
 ``DIFFSEG_SANITIZE=1`` builds with the address and undefined-behaviour sanitizers.
 
 ``DIFFSEG_CUDA=1`` builds the CUDA kernels wherever nvcc is, for ``DIFFSEG_CUDA_ARCHS`` (default ``80;90+PTX``: machine

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .ops import Proposals, segments
+from .ops import Proposals, numbered_labels
 from .reference import Grid
 
 Labels = NDArray[np.integer[Any]]
@@ -39,7 +39,7 @@ def kmeans_attention(attention: Tensor, grid: Grid, clusters: int, size: Grid, *
     members = torch.from_numpy(cells).to(rows.device)
     means = torch.stack([rows[members == cluster].mean(0) for cluster in range(len(found))])
     counts = torch.tensor([len(found)], dtype=torch.int32, device=rows.device)
-    labels: Labels = segments(Proposals(means[None], counts, grid), size)[0].cpu().numpy()
+    labels: Labels = numbered_labels(Proposals(means[None], counts, grid), size)[0].cpu().numpy()
     return labels
 
 

@@ -135,8 +135,8 @@ def check_thresholds(threshold: Any, iterations: Any) -> list[float]:
     threshold = plain(threshold)
     given = [threshold] * int(iterations) if isinstance(threshold, Real) else threshold
     if isinstance(given, (str, bytes)) or not hasattr(given, "__len__"):
-        raise TypeError(f"threshold: expected a number, or {iterations}, one a round, got {describe(threshold)}")
-    if hasattr(given, "__len__") and not isinstance(given, str) and len(given) != iterations:
+        raise TypeError(f"threshold: expected one number, or {iterations}, one a round, got {describe(threshold)}")
+    if len(given) != iterations:
         raise ValueError(f"threshold: expected one number, or {iterations}, one a round, got {len(given)}")
     thresholds = check_numbers("threshold", given, int(iterations))
     if min(thresholds) <= 0:

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, evaluate, loading, native, study
+from . import __version__, evaluate, loading, native, runs, study
 from .backends import BACKENDS, available_backends, explain_backends
 from .bench import command as bench
 from .checks import RULES, WEIGHT_SCHEMES
@@ -269,8 +269,11 @@ def _plan(sources: Sequence[Path], directory: Path, settings: dict[str, Any], *,
                 )
         missing = [output for output in job.outputs if not output.exists()]
         noted = None if force or labels in missing else settings_of(labels)
-        if noted not in (None, settings):
-            raise UsageError(_conflict(labels, noted or {}, settings))
+        if noted is not None and (changed := runs.changes(noted, settings)):
+            raise UsageError(
+                f"{labels} is of other settings: {changed}. Give those to go on, another --output, or --force to "
+                "overwrite"
+            )
         if force or missing == job.outputs or (missing and noted is not None):
             jobs.append(job)
         elif missing:
@@ -285,18 +288,6 @@ def _plan(sources: Sequence[Path], directory: Path, settings: dict[str, Any], *,
             file=sys.stderr,
         )
     return jobs, incomplete
-
-
-def _conflict(labels: Path, noted: dict[str, Any], settings: dict[str, Any]) -> str:
-    changed = [
-        f"{name} was {json.dumps(noted.get(name))}, is {json.dumps(settings[name])}"
-        for name in settings
-        if noted.get(name) != settings[name]
-    ]
-    return (
-        f"{labels} is of other settings: {'; '.join(changed)}. Give those to go on, another --output, or --force to "
-        "overwrite"
-    )
 
 
 def _say_incomplete(job: Job, missing: Sequence[Path]) -> None:

@@ -83,7 +83,7 @@ def settings_of(labels: Path) -> dict[str, Any] | None:
     try:
         with Image.open(labels) as image:
             found = json.loads(image.info[_NOTE])
-    except (OSError, SyntaxError, KeyError, TypeError, ValueError):
+    except (OSError, SyntaxError, KeyError, TypeError, ValueError, Image.DecompressionBombError):
         return None
     return found if isinstance(found, dict) else None
 

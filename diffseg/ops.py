@@ -402,10 +402,10 @@ def segment(
     else:
         with attention_memory(queries[0], grid) as out:
             proposals = proposed(out)
-    return segments(proposals, size, backend=backend)
+    return numbered_labels(proposals, size, backend=backend)
 
 
-def segments(proposals: Proposals, size: Grid, *, backend: str = "auto") -> Tensor:
+def numbered_labels(proposals: Proposals, size: Grid, *, backend: str = "auto") -> Tensor:
     """:func:`label`, then :func:`renumber`: int32 [B, H, W], labels 0..S-1 without gaps."""
     return renumber(label(proposals, size, backend=backend), proposals.maps.shape[1])
 

@@ -66,7 +66,7 @@ class Segmented(NamedTuple):
             parts = [proposals]
         else:
             parts = [Proposals(maps[i : i + 1], counts[i : i + 1], grid) for i in range(len(sizes))]
-        found = [ops.segments(part, size, backend=backend) for part, size in zip(parts, sizes, strict=False)]
+        found = [ops.numbered_labels(part, size, backend=backend) for part, size in zip(parts, sizes, strict=False)]
         segments = torch.cat([each.flatten(1).amax(1) + 1 for each in found]) * finite
         return cls([each for part in found for each in part], segments, proposals, finite)
 

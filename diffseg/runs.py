@@ -116,15 +116,9 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
             stored = json.loads(path.read_text())
         except ValueError as error:
             raise UsageError(f"{path}: expected the settings of a run, got {error}; give another --output") from error
-        changed = [
-            f"{name} was {json.dumps(stored.get(name))}, is {json.dumps(settings.get(name))}"
-            for name in sorted({*stored, *settings})
-            if stored.get(name) != settings.get(name)
-        ]
-        if changed:
+        if changed := changes(stored, settings):
             raise UsageError(
-                f"{folder} holds results of other settings: {'; '.join(changed)}. Give those to go on, or another "
-                "--output"
+                f"{folder} holds results of other settings: {changed}. Give those to go on, or another --output"
             )
         return
     _make(folder)
@@ -132,6 +126,15 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         write_text(path, json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise UsageError(f"--output: {error}") from error
+
+
+def changes(stored: dict[str, Any], settings: dict[str, Any]) -> str:
+    """In which of the settings, values of JSON, two runs differ; nothing where they do not."""
+    return "; ".join(
+        f"{name} was {json.dumps(stored.get(name))}, is {json.dumps(settings.get(name))}"
+        for name in sorted({*stored, *settings})
+        if stored.get(name) != settings.get(name)
+    )
 
 
 def _make(folder: Path) -> None:

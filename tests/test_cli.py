@@ -128,7 +128,7 @@ def test_results_of_other_settings_are_refused(folder, capsys):
     assert cli.main(["segment", "in/scene0.png"]) == 0
     before = (folder / "segments" / "scene0_labels.png").read_bytes()
     for options, changed in (
-        (["--labels", "sky"], 'semantic was false, is true; labels was null, is "sky"'),
+        (["--labels", "sky"], 'labels was null, is "sky"; semantic was false, is true'),
         (["--threshold", "0.5"], "threshold was null, is 0.5"),
     ):
         assert cli.main(["segment", "in", *options]) == 2

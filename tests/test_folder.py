@@ -115,7 +115,8 @@ def test_rare_sizes_do_not_wait_for_ever():
     assert sorted(item.number for batch in batches for item in batch) == list(range(1, 20))
 
 
-def test_a_failure_takes_no_other_image_with_it(pipe, jobs, monkeypatch):
+@pytest.mark.parametrize("error", [ValueError, torch.OutOfMemoryError])
+def test_a_failure_takes_no_other_image_with_it(pipe, jobs, monkeypatch, error):
     alone = [pipe(job.source).labels[0] for job in jobs]
     jobs[1].source.write_text("no image")
     jobs[5].labels.mkdir(parents=True)  # cannot be replaced by a file
@@ -123,7 +124,7 @@ def test_a_failure_takes_no_other_image_with_it(pipe, jobs, monkeypatch):
 
     def fails(self, pictures, **options):
         if any(picture.shape == (3, 24, 24) for picture in pictures):
-            raise ValueError("overflow")
+            raise error("overflow")
         return call(self, pictures, **options)
 
     monkeypatch.setattr(DiffSegPipeline, "__call__", fails)

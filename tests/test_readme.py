@@ -92,3 +92,37 @@ def test_tables_are_those_of_the_results(stage, index):
     expected += [report.amount(each["memory_bytes"]) for each in (subject, baseline)]
     assert found == expected[: len(found)]
     assert len(found) >= 4
+
+
+def contender(suffix, name):
+    """Of :func:`measured`, and what segmentation adds in per cent, with its bounds."""
+    subject, baseline = measured(suffix, name)
+    faster = subject["times_faster"]
+    return subject, baseline, [100 * (1 / faster[each] - 1) for each in ("median", "high", "low")]
+
+
+@pytest.mark.parametrize(("dtype", "suffix"), [("bfloat16", "-sd14-bfloat16"), ("float32", "-sd14")])
+def test_what_segmentation_adds_is_as_measured(dtype, suffix):
+    subject, baseline, (adds, low, high) = contender(suffix, "pipeline sd14")
+    bare, whole = (f"{each['seconds']['median']:.1f} s" for each in (baseline, subject))
+    assert f"| {dtype} | {bare} | {whole} | {adds:.0f} % | {low:.0f} to {high:.0f} % |" in README
+
+
+def test_figures_in_the_text_are_as_measured():
+    text = " ".join(README.split())
+    subject, baseline, _ = contender("", "pipeline bundled")
+    faster = subject["times_faster"]
+    assert f"takes {report.seconds(subject['seconds']['median'])}, less than" in text
+    assert f"alone, {report.seconds(baseline['seconds']['median'])} ({report.factor(faster['median'])} times, " in text
+    assert f"{report.bounds(faster)}): the pass ends" in text
+    subject, baseline, _ = contender("-folder", "folder bundled")
+    low, median, high = (f"{subject['times_faster'][each]:.1f}" for each in ("low", "median", "high"))
+    assert f"it is {median} times ({low} to {high}) as fast as a loop" in text
+    held, loop = (report.amount(each["memory_bytes"]) for each in (subject, baseline))
+    assert f"holds {held} in place of {loop.removesuffix(' MiB')} (" in text
+    (path,) = RESULTS.glob("cpu-*-????-??-??-sd14-ops.json")
+    limits = json.loads(path.read_text())["ceilings"]
+    products, exponentials = limits["products"]["float32"] / 1e9, limits["exponentials"] / 1e9
+    assert f"{products:.0f} GFLOP/s and {exponentials:.0f} G exponentials/s" in text
+    shares = [measured("-sd14-ops", name)[0]["floor_share"] for name in ("aggregate sd14", "maps sd14")]
+    assert f"`aggregate` uses {shares[0]:.0%}; `aggregate_maps` uses {shares[1]:.0%}" in text.replace(" %", "%")

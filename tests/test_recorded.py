@@ -468,7 +468,7 @@ def test_release_gives_the_memory_back(gpu_pipe):
         gpu_pipe.warmup(1, *size, processing_resolution=size)
     held = torch.cuda.memory_reserved()
     gpu_pipe.release()
-    assert reserved() - before < (held - before) / 4  # copies of weights may lie apart
+    assert reserved() <= before + 2**21 < held
 
 
 @pytest.mark.gpu
