@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, Union
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
@@ -34,8 +34,6 @@ from .recorded import (
 )
 from .reference import Grid
 from .visualize import label_image
-
-T = TypeVar("T")
 
 DEFAULT_THRESHOLD = 1.0
 """The paper's value for images in the wild with Stable Diffusion."""
@@ -258,9 +256,8 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         latents: dict[int, Tensor] = {}  # for the second pass
         with self._progress(len(pictures)) as progress, lock_of(self.unet):
             for batch in _batches(sizes, batch_size):
-                found, encoded = self._segment(
-                    _of(pictures, batch), sizes[batch[0]], _of(targets, batch), options, refine, clock
-                )
+                some, places = [pictures[i] for i in batch], [targets[i] for i in batch]
+                found, encoded = self._segment(some, sizes[batch[0]], places, options, refine, clock)
                 arrived, segments = _arrived(found, stay=output_type == "pt")
                 if 0 in segments:
                     raise ValueError(_overflow([i for i, count in zip(batch, segments, strict=True) if count == 0]))
@@ -763,10 +760,6 @@ def _batches(sizes: list[Grid], batch_size: int) -> Iterator[list[int]]:
 
 def _is_channels_last(network: torch.nn.Module) -> bool:
     return all(each.is_contiguous(memory_format=torch.channels_last) for each in network.parameters() if each.ndim == 4)
-
-
-def _of(values: Sequence[T], indices: Sequence[int]) -> list[T]:
-    return [values[i] for i in indices]
 
 
 def _arrived(found: Segmented, stay: bool) -> tuple[list[Tensor], list[int]]:
