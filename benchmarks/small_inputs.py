@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 import torch
+from torch import Tensor
 
 import diffseg
 from diffseg.bench import cases, gates
@@ -65,7 +66,18 @@ def check_merge(backend: str, case: Case) -> None:
             proposals = diffseg.merge(case.attention, grid=case.grid, anchors=side, rule=rule, backend=backend)
             anchors = diffseg.ops.anchor_indices(case.grid, side)
             gates.merge_gate(case.attention, case.grid, SIZE, anchors, [1.0] * 3, rule)(proposals)
-            gates.label_gate(proposals, SIZE)(diffseg.label(proposals, SIZE, backend=backend))
+            labels = diffseg.label(proposals, SIZE, backend=backend)
+            gates.label_gate(proposals, SIZE)(labels)
+            check_numbers(backend, labels, proposals.maps.shape[1])
+
+
+def check_numbers(backend: str, labels: Tensor, length: int) -> None:
+    expected = labels.clone()
+    segments = torch.ops.diffseg.renumber(expected, length, "reference")
+    if not torch.equal(torch.ops.diffseg.renumber(labels, length, backend), segments):
+        raise gates.GateError("the numbers of segments differ")
+    if not torch.equal(labels, expected):
+        raise gates.GateError("the numbered labels differ")
 
 
 if __name__ == "__main__":

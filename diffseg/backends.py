@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-OPS = ("aggregate", "aggregate_maps", "merge", "label", "aggregate_cross", "score_masks")
+OPS = ("aggregate", "aggregate_maps", "merge", "label", "renumber", "aggregate_cross", "score_masks")
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def _load_triton() -> SimpleNamespace:
         aggregate_maps=modules["aggregate"].aggregate_maps,
         merge=modules["merge"].merge,
         label=modules["label"].label,
+        renumber=modules["label"].renumber,
         aggregate_cross=modules["cross"].aggregate_cross,
         score_masks=modules["cross"].score_masks,
     )
@@ -137,6 +138,7 @@ _KERNEL_DTYPES = {  # of every backend with kernels
     **dict.fromkeys(("aggregate", "aggregate_maps", "aggregate_cross"), _FLOATS[:3]),
     "merge": (torch.float32, torch.bfloat16),
     **dict.fromkeys(("label", "score_masks"), (torch.float32,)),
+    "renumber": (torch.int32,),
 }
 
 BACKENDS = {
@@ -172,7 +174,7 @@ BACKENDS = {
             name="reference",
             summary="pure torch",
             device_types=(),
-            dtypes=dict.fromkeys(OPS, _FLOATS),
+            dtypes=dict.fromkeys(OPS, _FLOATS) | {"renumber": (torch.int32,)},
             load=_load_reference,
         ),
     )

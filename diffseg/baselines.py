@@ -39,7 +39,7 @@ def kmeans_attention(attention: Tensor, grid: Grid, clusters: int, size: Grid, *
     members = torch.from_numpy(cells).to(rows.device)
     means = torch.stack([rows[members == cluster].mean(0) for cluster in range(len(found))])
     counts = torch.tensor([len(found)], dtype=torch.int32, device=rows.device)
-    labels: Labels = numbered_labels(Proposals(means[None], counts, grid), size)[0].cpu().numpy()
+    labels: Labels = numbered_labels(Proposals(means[None], counts, grid), size)[0][0].cpu().numpy()
     return labels
 
 

@@ -165,6 +165,15 @@ def _label_fake(maps: Tensor, counts: Tensor, grid: list[int], size: list[int], 
     return maps.new_empty((maps.shape[0], *size), dtype=torch.int32)
 
 
+def _renumber(labels: Tensor, length: int, backend: str) -> Tensor:
+    run = backends.implementation(backend, "renumber", labels.device, labels.dtype, anchors=length)
+    return run(labels, length)
+
+
+def _renumber_fake(labels: Tensor, _length: int, _backend: str) -> Tensor:
+    return labels.new_empty(labels.shape[0])
+
+
 def _refine(attention: Tensor, maps: Tensor, counts: Tensor, max_iterations: int) -> tuple[Tensor, Tensor]:
     return reference.refine(attention, maps, counts, max_iterations)
 
@@ -232,6 +241,7 @@ _operator(
     _merge_fake,
 )
 _operator("label(Tensor maps, Tensor counts, int[] grid, int[] size, str backend) -> Tensor", _label, _label_fake)
+_operator("renumber(Tensor(a!) labels, int length, str backend) -> Tensor", _renumber, _renumber_fake)
 _operator(
     "refine(Tensor attention, Tensor maps, Tensor counts, int max_iterations) -> (Tensor, Tensor)",
     _refine,

@@ -104,7 +104,7 @@ def diffseg_labels(attention: Tensor, grid: Grid, size: Grid, settings: Settings
     )
     if settings.refine:
         proposals = ops.refine(attention, proposals)
-    labels: Labels = ops.numbered_labels(proposals, size, backend=settings.backend)[0].cpu().numpy()
+    labels: Labels = ops.numbered_labels(proposals, size, backend=settings.backend)[0][0].cpu().numpy()
     return labels
 
 

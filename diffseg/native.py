@@ -138,6 +138,15 @@ class CpuKernels:
         )  # fmt: skip
         return winner
 
+    def renumber(self, labels: Tensor, length: int) -> Tensor:
+        numbered = labels.contiguous()
+        segments = torch.empty(len(labels), dtype=torch.int32)
+        self._module.renumber(
+            numbered.data_ptr(), segments.data_ptr(), len(labels), labels[0].numel(), length, torch.get_num_threads()
+        )
+        _store(numbered, labels)
+        return segments
+
     def aggregate_cross(
         self,
         queries: Sequence[Tensor],
@@ -298,6 +307,18 @@ class CudaKernels:
             )
             return winner
 
+    def renumber(self, labels: Tensor, length: int) -> Tensor:
+        with self._on(labels.device) as queue:
+            numbered = labels.contiguous()
+            segments = torch.empty(len(labels), dtype=torch.int32, device=labels.device)
+            present = torch.zeros(len(labels), length, dtype=torch.int32, device=labels.device)
+            self._module.renumber(
+                numbered.data_ptr(), present.data_ptr(), segments.data_ptr(), len(labels), labels[0].numel(), length,
+                queue,
+            )  # fmt: skip
+            _store(numbered, labels)
+            return segments
+
     def aggregate_cross(
         self,
         queries: Sequence[Tensor],
@@ -419,7 +440,7 @@ def _aggregate_into(run: Any, layers: list[Any], grid: Grid, out: Tensor) -> Non
     _store(attention, out)
 
 
-def _store(attention: Tensor, out: Tensor) -> None:
-    """Copies ``attention`` into ``out`` unless it lies there."""
-    if attention is not out:
-        out.copy_(attention)
+def _store(result: Tensor, out: Tensor) -> None:
+    """Copies ``result`` into ``out`` unless it lies there."""
+    if result is not out:
+        out.copy_(result)

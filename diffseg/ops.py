@@ -402,20 +402,13 @@ def segment(
     else:
         with attention_memory(queries[0], grid) as out:
             proposals = proposed(out)
-    return numbered_labels(proposals, size, backend=backend)
+    return numbered_labels(proposals, size, backend=backend)[0]
 
 
-def numbered_labels(proposals: Proposals, size: Grid, *, backend: str = "auto") -> Tensor:
-    """:func:`label`, then :func:`renumber`: int32 [B, H, W], labels 0..S-1 without gaps."""
-    return renumber(label(proposals, size, backend=backend), proposals.maps.shape[1])
-
-
-def renumber(labels: Tensor, length: int) -> Tensor:
-    """Numbers the labels of each image 0..S-1 in order of index, without gaps: integers [B, H, W] below ``length``."""
-    flat = labels.flatten(1).long()
-    present = torch.zeros(len(flat), length, dtype=torch.int32, device=labels.device).scatter_(1, flat, 1)
-    numbers = present.cumsum(1, dtype=torch.int32) - 1
-    return numbers.gather(1, flat).view(labels.shape)
+def numbered_labels(proposals: Proposals, size: Grid, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """:func:`label`, numbered 0..S-1 in order of index, without gaps: int32 [B, H, W], and S, int32 [B]."""
+    labels = label(proposals, size, backend=backend)
+    return labels, operators.renumber(labels, proposals.maps.shape[1], backend)
 
 
 def output_grid(grids: Sequence[Grid]) -> Grid:

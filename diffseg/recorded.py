@@ -67,8 +67,8 @@ class Segmented(NamedTuple):
         else:
             parts = [Proposals(maps[i : i + 1], counts[i : i + 1], grid) for i in range(len(sizes))]
         found = [ops.numbered_labels(part, size, backend=backend) for part, size in zip(parts, sizes, strict=False)]
-        segments = torch.cat([each.flatten(1).amax(1) + 1 for each in found]) * finite
-        return cls([each for part in found for each in part], segments, proposals, finite)
+        segments = torch.cat([count for _, count in found]) * finite
+        return cls([label for labels, _ in found for label in labels], segments, proposals, finite)
 
 
 class Recording:

@@ -308,6 +308,15 @@ def label(maps: Tensor, counts: Tensor, grid: Grid, size: Grid) -> Tensor:
     return winner
 
 
+def renumber(labels: Tensor, length: int) -> Tensor:
+    """Numbers the labels [B, H, W] of each image 0..S-1 in place, in order of index, and returns S, int32 [B]."""
+    flat = labels.flatten(1).long()
+    present = torch.zeros(len(flat), length, dtype=torch.int32, device=labels.device).scatter_(1, flat, 1)
+    numbers = present.cumsum(1, dtype=torch.int32)
+    labels.copy_((numbers - 1).gather(1, flat).view_as(labels))
+    return numbers[:, -1].contiguous()
+
+
 def score_masks(maps: Tensor, labels: Tensor, masks: int) -> Tensor:
     """Means [B, masks, W] of maps [B, W, h, w], upsampled, over the pixels of each label of [B, H, W]; 0 over none."""
     compute = _compute_dtype(maps.dtype)

@@ -98,7 +98,7 @@ def record(
     with launch.recording(target.generation, hip=target.gpu.backend == "hip") as launches:
         aggregate.aggregate(queries, queries, grids, scales, rows, [1 / len(grids)] * len(grids), output, attention)
         maps, counts = merge.merge(attention, output, positions, [1.0, 1.0], "paper")
-        label.label(maps, counts, output, network.size)
+        label.renumber(label.label(maps, counts, output, network.size), len(positions))
     return launches
 
 

@@ -130,6 +130,22 @@ def test_input_is_left_alone(isa: str) -> None:
     assert torch.equal(proposals.counts, counts)
 
 
+@pytest.mark.parametrize("length", [1, 3, 70, 1024])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 13, 17), (2, 250, 301)])
+def test_renumber(isa: str, shape: tuple[int, int, int], length: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, length, shape, dtype=torch.int32, generator=generator)
+    labels[0] = labels[0] // 2 * 2  # gaps
+    strided = labels.mT.contiguous().mT
+    expected, present = zip(*(image.unique(return_inverse=True)[::-1] for image in labels), strict=True)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        for each in (labels.clone(), strided.clone()):
+            segments = torch.ops.diffseg.renumber(each, length, "cpu")
+            assert segments.tolist() == [len(image) for image in present]
+            assert torch.equal(each.long(), torch.stack(expected))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**31),

@@ -439,6 +439,16 @@ class TestLabel:
         found = diffseg.label(Proposals(maps, torch.tensor([2], dtype=torch.int32), (1, 2)), (3, 3), backend="cuda")
         assert found.eq(0).all()
 
+    @pytest.mark.parametrize(("length", "size"), [(1, (3, 3)), (33, (9, 11)), (256, (64, 70)), (1024, (40, 60))])
+    def test_numbering_equals_the_reference(self, length: int, size: tuple[int, int]) -> None:
+        generator = torch.Generator().manual_seed(length)
+        labels = torch.randint(0, length, (2, *size), dtype=torch.int32, generator=generator) // 3 * 2
+        expected, strided = labels.clone(), labels.mT.contiguous().mT
+        segments = torch.ops.diffseg.renumber(expected, length, "reference")
+        for given in (labels, strided):
+            assert torch.equal(torch.ops.diffseg.renumber(given, length, "cuda"), segments)
+            assert torch.equal(given, expected)
+
 
 def check_words(queries: Sequence[Tensor], keys: Sequence[Tensor], **options: Any) -> Tensor:
     found = diffseg.aggregate_cross(queries, keys, backend="cuda", **options)
@@ -613,7 +623,7 @@ def test_the_order_of_threads_changes_no_bit(host: Host, layers: Callable[..., A
         attention = diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend="cuda")
         proposals = diffseg.merge(attention, grid=(11, 13), anchors=range(0, 143, 9), threshold=0.3, backend="cuda")
         maps = diffseg.aggregate_maps([attention.to(dtype), scene.maps()[1]], grids=scene.grids, backend="cuda")
-        labels = diffseg.label(proposals, (20, 30), backend="cuda")
+        labels, segments = diffseg.ops.numbered_labels(proposals, (20, 30), backend="cuda")
         text = [key[:, :, :28] for key in scene.keys], [key[:, :, :28].repeat(1, 1, 3, 1) for key in scene.keys]
         words = [
             diffseg.aggregate_cross(
@@ -622,7 +632,7 @@ def test_the_order_of_threads_changes_no_bit(host: Host, layers: Callable[..., A
             for keys in text
         ]
         scores = diffseg.score_masks(words[0], labels, masks=16, backend="cuda")
-        return attention, maps, *proposals[:2], labels, *words, scores
+        return attention, maps, *proposals[:2], labels, segments, *words, scores
 
     scene = layers([(11, 13), (4, 7)], dim=40, dtype=dtype)
     forward = run()
@@ -657,7 +667,7 @@ def test_other_threads_run_beside_a_kernel(host: Host, layers: Callable[..., Any
         diffseg.aggregate(scene.queries, scene.keys, backend="cuda")
         attention = diffseg.aggregate_maps([torch.rand(1, 144, 144)], backend="cuda")
         proposals = diffseg.merge(attention, anchors=8, backend="cuda")
-        labels = diffseg.label(proposals, (96, 96), backend="cuda")
+        labels, _ = diffseg.ops.numbered_labels(proposals, (96, 96), backend="cuda")
         maps = diffseg.aggregate_cross(scene.queries, scene.keys, tokens=[[0]], backend="cuda")
         diffseg.score_masks(maps, labels, masks=64, backend="cuda")
     finally:

@@ -176,9 +176,21 @@ def test_labels_agree_with_the_oracle(backend: str, network: str, rule: Any) -> 
     scene = make_scene(network)
     expected = oracle(scene)
     proposals = diffseg.merge(expected, rule=rule, backend="reference")
-    labels = diffseg.ops.renumber(diffseg.label(proposals, scene.size, backend="reference"), proposals.maps.shape[1])
-    assert labels.max() > 2
+    labels, segments = diffseg.ops.numbered_labels(proposals, scene.size, backend="reference")
+    assert segments.min() > 3
     assert (segment(scene, backend, rule=rule) == labels).float().mean() >= 0.999
+
+
+@pytest.mark.parametrize("size", [(512, 512), (3, 5), (333, 517)])
+@pytest.mark.parametrize("length", [1, 33, 256, 1024])
+def test_numbering_equals_the_reference(backend: str, size: tuple[int, int], length: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(length)
+    labels = torch.randint(0, length, (3, *size), dtype=torch.int32, device="cuda", generator=generator)
+    labels -= labels % 3 * (labels % 3 < labels)
+    expected = labels.clone()
+    segments = torch.ops.diffseg.renumber(expected, length, "reference")
+    assert torch.equal(torch.ops.diffseg.renumber(labels, length, backend), segments)
+    assert torch.equal(labels, expected)
 
 
 @pytest.mark.parametrize("rule", ["paper", "official"])

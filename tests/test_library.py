@@ -47,6 +47,7 @@ def test_operators_pass_opcheck(backend):
         (operators.merge, (attention, [8, 6], [0, 7, 21, 40], [0.3, 0.3], "paper", backend)),
         (operators.merge, (attention.bfloat16(), [8, 6], [0, 7], [0.3], "official", backend)),
         (operators.label, (maps, counts, [8, 6], [13, 11], backend)),
+        (operators.renumber, (winners, 4, backend)),
         (operators.refine, (attention, maps, counts, 5)),
         (operators.aggregate_cross, (queries, texts, flat, [0.5, 0.5], shares, [16, 12], backend)),
         (operators.score_masks, (words, winners, 4, backend)),
@@ -108,7 +109,7 @@ def test_operators_stay_opaque_to_the_compiler():
         queries, keys
     )
     assert [name for name in seen if name.startswith("diffseg.")] == [
-        "diffseg.aggregate", "diffseg.merge", "diffseg.label",
+        "diffseg.aggregate", "diffseg.merge", "diffseg.label", "diffseg.renumber",
     ]  # fmt: skip
 
 

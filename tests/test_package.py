@@ -116,7 +116,10 @@ def test_backends_are_listed_in_order_of_preference() -> None:
     assert diffseg.available_backends(torch.device("meta")) == ["reference"]
     explained = diffseg.explain_backends()
     assert set(names) <= set(explained)
-    assert "aggregate, aggregate_maps, merge, label, aggregate_cross, score_masks on any" in explained["reference"]
+    assert (
+        "aggregate, aggregate_maps, merge, label, renumber, aggregate_cross, score_masks on any"
+        in explained["reference"]
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")

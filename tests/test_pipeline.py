@@ -97,8 +97,7 @@ def test_the_pass_ends_after_the_last_layer_that_has_a_share(pipe):
     assert grid == record.output_grid == (16, 16)
     assert torch.equal(attention, expected)
     proposals = diffseg.merge(expected, grid=grid, threshold=THRESHOLD)
-    merged = diffseg.label(proposals, labels.shape)
-    assert np.array_equal(labels, ops.renumber(merged, proposals.maps.shape[1])[0].numpy())
+    assert np.array_equal(labels, ops.numbered_labels(proposals, labels.shape)[0][0].numpy())
 
 
 def test_pickled_weights_only_when_asked_for(checkpoint, tmp_path):

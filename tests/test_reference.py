@@ -15,7 +15,7 @@ from torch import Tensor
 
 import diffseg
 from diffseg import Proposals, reference
-from diffseg.ops import anchor_indices, renumber, resolve_weights
+from diffseg.ops import anchor_indices, resolve_weights
 
 DIVISIBLE = [(12, 10), (6, 5), (6, 5)]
 INDIVISIBLE = [(6, 5), (12, 10), (4, 3), (5, 4)]
@@ -524,9 +524,11 @@ class TestSegment:
             diffseg.segment(scene.queries, scene.keys, (8, 8), anchors=4, logsumexps=flat, backend="reference")
 
     def test_renumber(self) -> None:
-        labels = torch.tensor([[[7, 2, 2, 5]], [[0, 1, 9, 1]]], dtype=torch.int32)
-        assert renumber(labels, 10).tolist() == [[[2, 0, 0, 1]], [[0, 1, 2, 1]]]
-        assert renumber(labels, 10).dtype == torch.int32
+        labels = torch.tensor([[[7, 2, 2, 5]], [[0, 1, 9, 0]]], dtype=torch.int32)
+        segments = reference.renumber(labels, 10)
+        assert labels.tolist() == [[[2, 0, 0, 1]], [[0, 1, 2, 0]]]
+        assert segments.tolist() == [3, 3]
+        assert segments.dtype == labels.dtype == torch.int32
 
     def test_regions_of_the_scene_come_out(self) -> None:
         """Two halves that attend to themselves: a known answer at another size."""

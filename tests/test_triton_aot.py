@@ -22,7 +22,8 @@ from diffseg.kernels import aggregate, aot, cross, merge
 NETWORK = "SD 1.4 at 512"
 KERNELS = {
     "_write_integers", "_tiles_kernel", "_logsumexps_kernel", "_rows_kernel", "_even_positions_kernel", "_terms_kernel",
-    "_products_kernel", "_bits_kernel", "_walk_kernel", "_means_kernel", "_label_kernel", "_words_kernel",
+    "_products_kernel", "_bits_kernel", "_walk_kernel", "_means_kernel", "_label_kernel", "_present_kernel",
+    "_numbers_kernel", "_renumber_kernel", "_words_kernel",
     "_upsample_words_kernel", "_mask_sums_kernel",
 }  # fmt: skip
 MATRIX = {"_tiles_kernel", "_logsumexps_kernel", "_products_kernel", "_means_kernel", "_words_kernel"}
@@ -58,6 +59,7 @@ def test_what_a_recorded_stage_launches() -> None:
     assert [name for name in names if name != "_write_integers"] == [
         *["_tiles_kernel"] * 4, "_even_positions_kernel", "_terms_kernel", "_products_kernel", "_bits_kernel",
         "_means_kernel", *later_round, "_label_kernel",
+        "_present_kernel", "_numbers_kernel", "_renumber_kernel",
     ]  # fmt: skip
 
 

@@ -290,6 +290,16 @@ class TestLabel:
         found = label_kernels.label(torch.rand(1, 3, 4), torch.zeros(1, dtype=torch.int32), (2, 2), (5, 5))
         assert found.eq(0).all()
 
+    @pytest.mark.parametrize(("length", "size"), [(1, (3, 3)), (33, (9, 11)), (64, (16, 16))])
+    def test_numbering_equals_the_reference(self, length: int, size: tuple[int, int]) -> None:
+        generator = torch.Generator().manual_seed(length)
+        labels = torch.randint(0, length, (2, *size), dtype=torch.int32, generator=generator) // 3 * 2
+        expected, strided = labels.clone(), labels.mT.contiguous().mT
+        segments = torch.ops.diffseg.renumber(expected, length, "reference")
+        for given in (labels, strided):
+            assert torch.equal(torch.ops.diffseg.renumber(given, length, "triton"), segments)
+            assert torch.equal(given, expected)
+
 
 class TestCross:
     GRIDS = ((6, 4), (5, 3), (6, 4), (1, 3))
@@ -378,7 +388,8 @@ def test_warmup_runs_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestChoice:
     @pytest.mark.parametrize("op", backends.OPS)
     def test_the_interpreter_is_never_chosen(self, op: str) -> None:
-        chosen = backends.implementation("auto", op, torch.device("cpu"), torch.float32)
+        dtype = backends.BACKENDS["triton"].dtypes[op][0]
+        chosen = backends.implementation("auto", op, torch.device("cpu"), dtype)
         assert "kernels" not in chosen.__module__
 
     def test_what_is_beyond_the_kernels_is_refused_by_name(self, layers: Callable[..., Any]) -> None:

@@ -62,6 +62,8 @@ struct Kernels {
     // maps [batch, length, N]; winner [batch, size.height, size.width].
     void (*label)(const float* maps, const int32_t* counts, int32_t* winner, int64_t batch, int64_t length, Grid grid,
                   Grid size, int threads);
+    // labels [batch, pixels], below `length`, are numbered 0..S-1 in place; segments [batch]: S.
+    void (*renumber)(int32_t* labels, int32_t* segments, int64_t batch, int64_t pixels, int64_t length, int threads);
     // Cross-attention: layers as for aggregate, with keys [batch, heads, words.tokens, depth]; out [batch, words.count,
     // size.height, size.width]. Returns kFinite, or the least number of a layer whose attention has NaN or infinity.
     int64_t (*aggregate_cross)(const Layer* layers, int64_t count, int64_t batch, const Words& words, Grid size,

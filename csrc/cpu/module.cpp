@@ -126,6 +126,10 @@ void label(uintptr_t maps, uintptr_t counts, uintptr_t winner, int64_t batch, in
                  {grid[0], grid[1]}, {size[0], size[1]}, allowed(threads));
 }
 
+void renumber(uintptr_t labels, uintptr_t segments, int64_t batch, int64_t pixels, int64_t length, int threads) {
+    table->renumber(pointer<int32_t>(labels), pointer<int32_t>(segments), batch, pixels, length, allowed(threads));
+}
+
 std::optional<int64_t> aggregate_cross(const std::vector<Layer>& layers, int64_t batch, uintptr_t shares, int64_t words,
                                        int64_t tokens, Pair size, uintptr_t out, int threads) {
     return bad(table->aggregate_cross(layers.data(), static_cast<int64_t>(layers.size()), batch,
@@ -171,6 +175,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("aggregate_maps", &aggregate_maps, release);
     module.def("merge", &merge, release);
     module.def("label", &label, release);
+    module.def("renumber", &renumber, release);
     module.def("aggregate_cross", &aggregate_cross, release);
     module.def("score_masks", &score_masks, release);
     module.def("divergences", &divergences, release);

@@ -5,5 +5,5 @@
 #include "label.cpp"
 #include "merge.cpp"
 
-const diffseg::Kernels diffseg::DIFFSEG_ISA::table = {aggregate,   aggregate_maps, merge,         label,       aggregate_cross,
-                                                      score_masks, divergences,    multiply_adds, exponentials};
+const diffseg::Kernels diffseg::DIFFSEG_ISA::table = {
+    aggregate, aggregate_maps, merge, label, renumber, aggregate_cross, score_masks, divergences, multiply_adds, exponentials};

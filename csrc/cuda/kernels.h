@@ -85,6 +85,9 @@ void merge(const View& attention, Type type, int batch, int cells, const MergeOp
 // maps [batch, length, N] (strides as of heads: its row stride is not used); winner [batch, size.height, size.width].
 void label(const View& maps, const int32_t* counts, int32_t* winner, int batch, Grid grid, Grid size, Stream stream);
 
+// labels [batch, pixels], below `length`, are numbered 0..S-1 in place; segments [batch]: S; present [batch, length]: zeros.
+void renumber(int32_t* labels, int32_t* present, int32_t* segments, int batch, int pixels, int length, Stream stream);
+
 // Cross-attention: keys [batch, heads, words.tokens, d], and neither log-sum-exps nor ratios; maps [batch, words.count,
 // size.height, size.width].
 size_t aggregate_cross_workspace(const std::vector<Layer>& layers, const Words& words, int batch, Grid size);

@@ -89,6 +89,13 @@ void run_label(const View& maps, uintptr_t counts, uintptr_t winner, int batch, 
           {queue.stream});
 }
 
+void run_renumber(uintptr_t labels, uintptr_t present, uintptr_t segments, int batch, int pixels, int length,
+                  const Queue& queue) {
+    const DeviceGuard guard(queue.device);
+    renumber(pointer<int32_t>(labels), pointer<int32_t>(present), pointer<int32_t>(segments), batch, pixels, length,
+             {queue.stream});
+}
+
 void run_aggregate_cross(const std::vector<Layer>& layers, const std::string& dtype, const Words& words, int batch,
                          Pair size, uintptr_t maps, uintptr_t workspace, const Queue& queue) {
     const DeviceGuard guard(queue.device);
@@ -151,6 +158,7 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("aggregate_maps", &run_aggregate_maps, release);
     module.def("merge", &run_merge, release);
     module.def("label", &run_label, release);
+    module.def("renumber", &run_renumber, release);
     module.def("aggregate_cross", &run_aggregate_cross, release);
     module.def("score_masks", &run_score_masks, release);
 }

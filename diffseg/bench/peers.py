@@ -30,8 +30,9 @@ def eager_merge(
 
 
 def eager_labels(proposals: ops.Proposals, size: Grid) -> Tensor:
-    winner = reference.label(proposals.maps, proposals.counts, proposals.grid, size)
-    return ops.renumber(winner, proposals.maps.shape[1])
+    labels = reference.label(proposals.maps, proposals.counts, proposals.grid, size)
+    reference.renumber(labels, proposals.maps.shape[1])
+    return labels
 
 
 def sdpa(queries: Sequence[Tensor], keys: Sequence[Tensor], scales: Sequence[float] | None) -> list[Tensor]:

@@ -503,6 +503,10 @@ class Suite:
         def maps() -> torch.Tensor:
             return words([[each.double() for each in tensors] for tensors in (case.queries, text)], "reference")
 
+        def renumbered(given: torch.Tensor, name: str) -> torch.Tensor:
+            torch.ops.diffseg.renumber(given, proposals.maps.shape[1], name)
+            return given
+
         op: dict[str, tuple[Any, Callable[[Any, str], Any], Any]] = {
             "aggregate": (
                 (case.queries, case.keys),
@@ -526,6 +530,7 @@ class Suite:
                 lambda given, name: ops.label(given, row.size, backend=name),
                 gates.label_gate(proposals, row.size),
             ),
+            "renumber": (labels, renumbered, gates.entries_gate(lambda: renumbered(labels.clone(), "reference"))),
             "aggregate_cross": ((case.queries, text), words, gates.entries_gate(maps)),
             "score_masks": (
                 maps().float(),
@@ -534,7 +539,8 @@ class Suite:
             ),
         }
         given, run, check = op[row.case]
-        contenders = self._subjects(row.case, attention.dtype, run, check)
+        dtype = labels.dtype if row.case == "renumber" else attention.dtype
+        contenders = self._subjects(row.case, dtype, run, check)
         contenders.append(Contender("eager", "baseline", lambda each: run(each, "reference"), check))
         addend = torch.zeros(16, device=self.device)
         contenders.append(
