@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -118,16 +119,9 @@ def check_numbers(name: str, values: Any, length: int) -> list[float]:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}: expected numbers, got {describe(value)}")
-        if not _finite(value):
+        if not abs(value) <= sys.float_info.max:
             raise ValueError(f"{name}: expected finite numbers, got {str(value)[:40]}")
     return [float(value) for value in values]
-
-
-def _finite(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond any float
-        return False
 
 
 def check_thresholds(threshold: Any, iterations: Any) -> list[float]:
@@ -185,6 +179,8 @@ def check_attention(attention: Any) -> Tensor:
 
 def plain(value: Any) -> Any:
     """Numbers of torch and numpy as Python's own: a number or nested lists; anything else as it came."""
+    if isinstance(value, (int, float)):  # torch.compile has values of these types that it cannot ask for attributes
+        return value
     return value.tolist() if hasattr(value, "tolist") else value
 
 

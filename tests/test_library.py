@@ -97,6 +97,18 @@ def test_aggregating_into_a_tensor_gives_the_same_and_no_other(backend, dtype):
         assert torch.equal(out, run())
 
 
+def test_changing_thresholds_compile_into_one_graph():
+    queries, keys = layers()
+
+    def segment(threshold):
+        return diffseg.segment(queries, keys, (20, 14), grids=GRIDS, anchors=4, threshold=threshold)
+
+    compiled = torch.compile(segment, fullgraph=True, backend="aot_eager")
+    found = [compiled(threshold) for threshold in (0.1, 0.3, 0.9)]
+    assert all(torch.equal(each, segment(threshold)) for each, threshold in zip(found, (0.1, 0.3, 0.9), strict=True))
+    assert not torch.equal(found[0], found[2])
+
+
 def test_operators_stay_opaque_to_the_compiler():
     queries, keys = layers()
     seen = []
