@@ -22,8 +22,9 @@
 // first way also where the chunk is one: beside their three products and the sums of these, exponentials are few.
 //
 // At SD 1.4, the 64 x 64 layers: 54 GFLOP (64 with the padded width), 0.67 G exp2, 64 MB written; Q and K (26 MB) stay
-// in the second-level cache, from which a tile reads 20 KB a head, 0.8 GB in all. Without log-sum-exps the products and
-// the exponentials twice.
+// in the second-level cache, from which a tile reads 24 KB a head in sectors of 32 bytes, 1.0 GB in all. For a tile and
+// head a multiprocessor takes 1024 cycles for exponentials, 1056 to write (192) and read shared memory, 800 to issue
+// instructions. Without log-sum-exps the products and the exponentials twice.
 
 #include <algorithm>
 #include <cmath>
@@ -93,18 +94,20 @@ struct Stage {
 };
 
 // Starts copying `kChunk` bytes of 128 rows; zeros beyond `cells` rows and `depth` x 16 bytes. Two threads take a row,
-// and 32 bytes of it at a time.
+// and 32 bytes of it at a time, one sector of the second-level cache. Where a row starts in the middle of a sector, as
+// every other head of 40 channels does, they take its last 16 bytes and its first 16, then whole sectors.
 template <int kChunk>
 DIFFSEG_DEVICE void copy_rows(unsigned char* target, const uint4* rows, int stride, int first, int cells, int granule,
                               int depth) {
-    const int line = threadIdx.x / 2, row = first + line;
-    granule += threadIdx.x % 2;
+    const int line = row_written(threadIdx.x), row = first + line;
     const uint4* source = rows + static_cast<int64_t>(row) * stride + granule;
-    target += line * Stage<kChunk>::kPitch + threadIdx.x % 2 * 16;
+    const int place = static_cast<int>(threadIdx.x % 2) - static_cast<int>(reinterpret_cast<uintptr_t>(source) / 16 % 2);
+    target += line * Stage<kChunk>::kPitch;
+    if (row >= cells) depth = 0;
 #pragma unroll
-    for (int i = 0; i < kChunk / 32; ++i) {
-        const bool inside = row < cells && granule + 2 * i < depth;
-        copy_16(target + 32 * i, inside ? source + 2 * i : rows, inside);
+    for (int i = 0; i < kChunk / 16; i += 2) {
+        const int at = i == 0 && place < 0 ? kChunk / 16 - 1 : place + i;
+        copy_16(target + 16 * at, source + at, granule + at < depth);
     }
 }
 
@@ -236,25 +239,31 @@ struct Cursor {
     }
 };
 
-// The constant part of the exponents of a thread's rows: halves of 16-row fragments.
+// The log-sum-exps of a thread's rows: halves of 16-row fragments.
 template <int kHalves>
-DIFFSEG_DEVICE void load_offsets(const Entry& layer, int batch, int head, int row, float (&offsets)[kHalves]) {
+DIFFSEG_DEVICE void load_logsumexps(const Entry& layer, int batch, int head, int row, float (&logsumexps)[kHalves]) {
     const float* rows = layer.logsumexps + (static_cast<int64_t>(batch) * layer.heads + head) * layer.cells;
 #pragma unroll
     for (int r = 0; r < kHalves; ++r) {
         const int index = row + fragment_row<kHalves / 2>(r / 2, r % 2 * 2);
-        offsets[r] = index < layer.cells ? fmaf(rows[index], -kLog2E, layer.offset) : 0.0f;
+        logsumexps[r] = index < layer.cells ? rows[index] : 0.0f;
     }
 }
 
-DIFFSEG_DEVICE void add_exponentials(Scores& total, const Scores& scores, float scale, const float (&offsets)[4]) {
+// The constant part of the exponents of a row.
+DIFFSEG_DEVICE float row_offset(const Entry& layer, float logsumexp) { return fmaf(logsumexp, -kLog2E, layer.offset); }
+
+DIFFSEG_DEVICE void add_exponentials(Scores& total, const Scores& scores, const Entry& layer,
+                                     const float (&logsumexps)[4]) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int r = 0; r < 4; ++r) {
+        const float offset = row_offset(layer, logsumexps[r]);
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-#pragma unroll
-            for (int c = 0; c < 4; ++c)
-                total[i][j][c] += exp2_approximate(fmaf(scores[i][j][c], scale, offsets[2 * i + c / 2]));
+        for (int n = 0; n < 16; ++n) {
+            const int i = r / 2, j = n / 2, c = r % 2 * 2 + n % 2;
+            total[i][j][c] += exp2_approximate(fmaf(scores[i][j][c], layer.scale, offset));
+        }
+    }
 }
 
 // total += the shares of heads of one chunk. Q's fragments stay in registers, and 16 columns are taken at a time: their
@@ -369,15 +378,15 @@ __global__ void __launch_bounds__(kThreads, 1) sum_scores_kernel(const __grid_co
     const Tile tile = find_tile(table);
     Scores total, scores;
     clear(total);
-    float offsets[4];
+    float logsumexps[4];
     for_each_chunk<kChunk, false>(table, tile, [&](const unsigned char* stage, const Cursor& at) {
         const Entry& layer = table.layers[at.layer];
         if (at.chunk == 0) {
             clear(scores);
-            load_offsets(layer, tile.batch, at.head, tile.row, offsets);
+            load_logsumexps(layer, tile.batch, at.head, tile.row, logsumexps);
         }
         multiply_chunk<kType, kChunk>(stage, scores);
-        if (at.chunk == chunks_of<kChunk>(layer) - 1) add_exponentials(total, scores, layer.scale, offsets);
+        if (at.chunk == chunks_of<kChunk>(layer) - 1) add_exponentials(total, scores, layer, logsumexps);
     });
     store_tile(table, tile, total);
 }
@@ -389,10 +398,18 @@ __global__ void __launch_bounds__(kThreads, kChunk == kChunks[0] ? 2 : 1)
     const Tile tile = find_tile(table);
     Sums<1> total;
     clear(total);
+    float ahead[2];  // log-sum-exps of the next head
+    const auto look_ahead = [&](const Cursor& next) {
+        if (next.layer < tile.segment.end_layer)
+            load_logsumexps(table.layers[next.layer], tile.batch, next.head, tile.row, ahead);
+    };
+    look_ahead({tile.segment.first_layer, 0, 0});
     for_each_chunk<kChunk, true>(table, tile, [&](const unsigned char* stage, const Cursor& at) {
         const Entry& layer = table.layers[at.layer];
-        float offsets[2];
-        load_offsets(layer, tile.batch, at.head, tile.row, offsets);
+        const float offsets[2] = {row_offset(layer, ahead[0]), row_offset(layer, ahead[1])};
+        Cursor next = at;
+        next.advance<kChunk, true>(table);
+        look_ahead(next);
         add_shares<kType, kChunk>(total, stage, layer.scale, offsets);
     });
     store_tile(table, tile, total);

@@ -88,8 +88,9 @@ DIFFSEG_MULTIPLY(multiply_bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 DIFFSEG_MULTIPLY(multiply_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef DIFFSEG_MULTIPLY
 
-// Asynchronous copy of 16 bytes into shared memory, or of zeros where not `inside`. What a thread has started up to a
-// commit_copies() is one group; wait_for_copies() returns when all of its groups are there.
+// Asynchronous copy of 16 bytes into shared memory, or of zeros where not `inside`: `source` is not read then, wherever
+// it points. What a thread has started up to a commit_copies() is one group; wait_for_copies() returns when all of its
+// groups are there.
 DIFFSEG_DEVICE void copy_16(void* target, const void* source, bool inside) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :
