@@ -15,7 +15,7 @@ from diffseg.bench import cases, gates
 from diffseg.bench.cases import Case
 from diffseg.bench.cost import Layer
 
-LAYERS = [Layer((14, 18), 3, 40), Layer((7, 9), 3, 80), Layer((5, 6), 2, 20)]
+LAYERS = [Layer((13, 31), 3, 40), Layer((7, 9), 3, 80), Layer((5, 6), 2, 20)]
 SIZE = (113, 145)
 
 
@@ -61,10 +61,11 @@ def check_words(backend: str, case: Case, tokens: int, masks: int) -> None:
 
 
 def check_merge(backend: str, case: Case) -> None:
-    for side in (3, 8):
+    """The CUDA kernels cut the cells of short lists in parts of one step each, those of the list of all in several."""
+    lists = [list(diffseg.ops.anchor_indices(case.grid, side)) for side in (3, 8)]
+    for anchors in (*lists, list(range(case.attention.shape[1]))):
         for rule in ("paper", "official"):
-            proposals = diffseg.merge(case.attention, grid=case.grid, anchors=side, rule=rule, backend=backend)
-            anchors = diffseg.ops.anchor_indices(case.grid, side)
+            proposals = diffseg.merge(case.attention, grid=case.grid, anchors=anchors, rule=rule, backend=backend)
             gates.merge_gate(case.attention, case.grid, SIZE, anchors, [1.0] * 3, rule)(proposals)
             labels = diffseg.label(proposals, SIZE, backend=backend)
             gates.label_gate(proposals, SIZE)(labels)

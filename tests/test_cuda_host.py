@@ -351,9 +351,11 @@ class TestMerge:
 
     @pytest.mark.parametrize("rule", RULES)
     def test_more_elements_than_a_tile(self, attention: Callable[..., Tensor], rule: Any) -> None:
-        maps = attention((16, 17), regions=30, dtype=torch.float32)
-        found = self.check(maps, (16, 17), anchors=range(272), threshold=[1e-4, 0.02], iterations=2, rule=rule)
-        assert 32 < int(found.counts) < 272
+        """The products of a part of the cells take four steps, those of the last part two and not all of a step."""
+        grid = (13, 31)
+        maps = attention(grid, regions=30, dtype=torch.float32)
+        found = self.check(maps, grid, anchors=range(403), threshold=[1e-4, 0.02], iterations=2, rule=rule)
+        assert 32 < int(found.counts) < 403
 
     def test_given_anchors_may_repeat(self, attention: Callable[..., Tensor]) -> None:
         self.check(attention((4, 5), dtype=torch.float32), (4, 5), anchors=[3, 19, 3, 0, 7], threshold=0.5)
@@ -667,7 +669,7 @@ def test_other_threads_run_beside_a_kernel(host: Host, layers: Callable[..., Any
         diffseg.aggregate(scene.queries, scene.keys, backend="cuda")
         attention = diffseg.aggregate_maps([torch.rand(1, 144, 144)], backend="cuda")
         proposals = diffseg.merge(attention, anchors=8, backend="cuda")
-        labels, _ = diffseg.ops.numbered_labels(proposals, (96, 96), backend="cuda")
+        labels, _ = diffseg.ops.numbered_labels(proposals, (512, 512), backend="cuda")
         maps = diffseg.aggregate_cross(scene.queries, scene.keys, tokens=[[0]], backend="cuda")
         diffseg.score_masks(maps, labels, masks=64, backend="cuda")
     finally:

@@ -70,7 +70,8 @@ DIFFSEG_DEVICE TermPair terms_of(float first, float second, float cells, bool fi
     first = first < kSmallestProbability ? kSmallestProbability : first;  // NaN stays NaN
     second = second < kSmallestProbability ? kSmallestProbability : second;
     const Split p = split_float16(first_inside ? first * kScale : 0.0f, second_inside ? second * kScale : 0.0f);
-    const Split log = split_float16(first_inside ? logf(first * cells) : 0.0f, second_inside ? logf(second * cells) : 0.0f);
+    const Split log = split_float16(first_inside ? log_approximate(first * cells) : 0.0f,
+                                    second_inside ? log_approximate(second * cells) : 0.0f);
     const auto low = [](uint32_t pair) { return unpack_float16(static_cast<uint16_t>(pair)); };
     const auto high = [](uint32_t pair) { return unpack_float16(static_cast<uint16_t>(pair >> 16)); };
     return {{p.high, p.low, log.high, log.low},
@@ -146,7 +147,7 @@ struct Products {
 
 // Starts copying the terms of the tile's elements: two threads a row.
 DIFFSEG_DEVICE void copy_terms(unsigned char* side, const Products& in, int batch, int first, int cell) {
-    const int line = threadIdx.x / 2, half = threadIdx.x % 2;
+    const int line = row_written(threadIdx.x), half = threadIdx.x % 2;
     const bool inside = first + line < in.length;
     const int64_t plane = static_cast<int64_t>(gridDim.z) * in.length * in.pitch;
     const uint16_t* source =
@@ -164,7 +165,7 @@ struct Fetched {
 
 template <Type kType>
 DIFFSEG_DEVICE Fetched fetch_maps(const Products& in, int batch, int first, int cell) {
-    const int row = first + threadIdx.x / 2, column = cell + 8 * (threadIdx.x % 2);
+    const int row = first + row_written(threadIdx.x), column = cell + 8 * (threadIdx.x % 2);
     if (row >= in.rows) return {{1, 1, 1, 1}, {1, 1, 1, 1}};
     const int64_t start = batch * in.maps.batch + row * in.maps.row;
     return {load_four<kType>(in.maps.data, start, column, in.cells, 1.0f),
@@ -179,7 +180,7 @@ DIFFSEG_DEVICE float store_terms(unsigned char* side, const Fetched& value, int 
     };
     const TermPair pairs[4] = {pair(value.left.x, value.left.y, 0), pair(value.left.z, value.left.w, 2),
                                pair(value.right.x, value.right.y, 4), pair(value.right.z, value.right.w, 6)};
-    unsigned char* target = side + threadIdx.x / 2 * kTermPitch + threadIdx.x % 2 * 16;
+    unsigned char* target = side + row_written(threadIdx.x) * kTermPitch + threadIdx.x % 2 * 16;
 #pragma unroll
     for (int p = 0; p < kPlanes; ++p)
         *reinterpret_cast<uint4*>(target + p * kPlaneBytes) = {pairs[0].plane[p], pairs[1].plane[p], pairs[2].plane[p],
@@ -243,8 +244,9 @@ DIFFSEG_DEVICE void store_products(const Products& in, int64_t slab, int element
 //
 // Grid: (tiles of length x rows, parts, batch); the tiles of one block of maps are neighbours, so that it is read from
 // memory once. At SD 1.4 (256 elements, 4096 maps): reads A_f (64 MB) and the terms, writes 2 x 4 MB; 6 products of 8.6
-// GFLOP in float16; 34 M logarithms (17 M distinct ones). Terms of elements are copied asynchronously, and maps fetched
-// to registers, a step ahead.
+// GFLOP in float16; 34 M logarithms (17 M distinct ones). Terms of elements are copied asynchronously a step ahead, and
+// maps fetched to registers two steps ahead. Their terms for the next step half of the warps compute before this step's
+// products and half after them: a scheduler has one warp of each half, and so both kinds of work at any time.
 template <Type kType>
 __global__ void __launch_bounds__(kThreads, 1) products_kernel(const __grid_constant__ Products in) {
     const int tiles = ceil_div(in.length, kTile);
@@ -253,25 +255,30 @@ __global__ void __launch_bounds__(kThreads, 1) products_kernel(const __grid_cons
     const int first = blockIdx.y * in.part, end = first + in.part < in.cells ? first + in.part : in.cells;
     unsigned char* stages = shared_memory();
     float total[2][8][4] = {};
-    float entropy = 0;
     copy_terms(stages, in, batch, element, first);
-    Fetched fetched = fetch_maps<kType>(in, batch, map, first);
-    int stage = 0;
-    for (int cell = first; cell < end; cell += kStep, stage ^= 1) {
-        unsigned char* current = stages + stage * kStageBytes;
-        entropy += store_terms(current + kSideBytes, fetched, cell, in.cells);
+    float entropy = store_terms(stages + kSideBytes, fetch_maps<kType>(in, batch, map, first), first, in.cells);
+    Fetched fetched = fetch_maps<kType>(in, batch, map, first + kStep);
+    const bool terms_first = threadIdx.x < kThreads / 2;
+    for (int cell = first, stage = 0; cell < end; cell += kStep, stage ^= 1) {
+        unsigned char *current = stages + stage * kStageBytes, *next = stages + (stage ^ 1) * kStageBytes;
+        const bool more = cell + kStep < end;
         wait_for_copies();
         sync_block();  // the stage is complete, and the other one has been read by all
-        if (cell + kStep < end) {
-            copy_terms(stages + (stage ^ 1) * kStageBytes, in, batch, element, cell + kStep);
-            fetched = fetch_maps<kType>(in, batch, map, cell + kStep);
+        if (more) copy_terms(next, in, batch, element, cell + kStep);
+#pragma unroll 1
+        for (int turn = 0; turn < 2; ++turn) {
+            if ((turn == 0) != terms_first) {
+                multiply_terms(current, total);
+            } else if (more) {
+                entropy += store_terms(next + kSideBytes, fetched, cell + kStep, in.cells);
+                fetched = fetch_maps<kType>(in, batch, map, cell + 2 * kStep);
+            }
         }
-        multiply_terms(current, total);
     }
     const int64_t slab = static_cast<int64_t>(blockIdx.y) * gridDim.z + batch;
     store_products(in, slab, element, map, total);
     entropy += shuffle_xor(entropy, 1);
-    const int row = map + threadIdx.x / 2;
+    const int row = map + row_written(threadIdx.x);
     if (element == 0 && threadIdx.x % 2 == 0 && row < in.rows) in.map_entropies[slab * in.rows + row] = entropy;
 }
 

@@ -40,6 +40,13 @@ DIFFSEG_DEVICE float exp2_approximate(float x) {
     return result;
 }
 
+// The natural logarithm of a positive normal x, within 2 ** -22 of log2(x), or of 1 where that is less than 1.
+DIFFSEG_DEVICE float log_approximate(float x) {
+    float result;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result * 0.6931471805599453f;
+}
+
 // Two floats rounded to float16, or bfloat16, the first in the low half.
 DIFFSEG_DEVICE uint32_t pack_float16(float low, float high) {
     uint32_t packed;

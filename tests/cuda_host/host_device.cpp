@@ -310,6 +310,11 @@ float exp2_approximate(float x) {
     return std::fpclassify(result) == FP_SUBNORMAL ? 0.0f : result;
 }
 
+float log_approximate(float x) {
+    const float log = std::log2(x), error = std::ldexp(std::fmax(1.0f, std::fabs(log)), -22);
+    return (to_bits(x) % 2 == 0 ? log + error : log - error) * 0.6931471805599453f;
+}
+
 namespace {
 
 uint16_t round_float16(float value) {

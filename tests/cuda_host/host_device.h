@@ -10,8 +10,8 @@
 // that do not meet; copies that nobody waits for.
 // What does not: races between warps show only where they change a result under one of the two orders in which fibers
 // run (diffseg_host_reverse); there is no weak memory order, no timing, and no limit on registers. Matrix products are exact and
-// truncated once an instruction. exp2 is the host's. Accesses to global memory are checked where this is compiled with
-// the address sanitizer.
+// truncated once an instruction. exp2 is the host's, and a logarithm as wrong as PTX allows. Accesses to global memory
+// are checked where this is compiled with the address sanitizer.
 #pragma once
 
 #include <cmath>
@@ -90,6 +90,7 @@ inline float from_bits(uint32_t bits) {
 }
 
 float exp2_approximate(float x);
+float log_approximate(float x);
 uint32_t pack_float16(float low, float high);
 uint32_t pack_bfloat16(float low, float high);
 float unpack_float16(uint16_t bits);
