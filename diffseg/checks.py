@@ -16,6 +16,7 @@ from .reference import Grid
 
 RULES = ("paper", "official")
 WEIGHT_SCHEMES = ("proportional", "per_layer", "literal")
+_LARGEST: Any = sys.float_info.max  # Any: to mypy a Real cannot be compared
 _STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -119,7 +120,7 @@ def check_numbers(name: str, values: Any, length: int) -> list[float]:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}: expected numbers, got {describe(value)}")
-        if not abs(value) <= sys.float_info.max:
+        if not -_LARGEST <= value <= _LARGEST:
             raise ValueError(f"{name}: expected finite numbers, got {str(value)[:40]}")
     return [float(value) for value in values]
 
