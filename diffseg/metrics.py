@@ -6,7 +6,7 @@ unlabelled pixels, which count nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,7 @@ class ClassCounts:
 
     @property
     def mean_iou(self) -> float:
-        return _mean(list(self.iou))
+        return _mean(self.iou)
 
 
 class ClassScores:
@@ -182,8 +182,8 @@ class RegionScores:
     """Streaming figures of a data set whose labels are regions, with one or several truths an image.
 
     Covering sums over all regions of all truths, as the BSDS benchmark does; the others are means over the images of
-    the mean over an image's truths. ``covering_best``, there where an image has several truths, is the mean covering of
-    the one that agrees best.
+    the mean over an image's truths. ``covering_best``, present if any image has several truths, is the mean over the
+    images of the covering of the truth that agrees best. One labelled pixel has no Rand index, and counts in none.
     """
 
     def __init__(self) -> None:
@@ -205,8 +205,8 @@ class RegionScores:
 
     def figures(self) -> dict[str, float]:
         names = [*_REGION_MEASURES, "covering_best"]
-        means = np.mean(self._means, axis=0) if self._means else np.full(len(names), np.nan)
-        figures = dict(zip(names, means.tolist(), strict=True))
+        columns = zip(*self._means, strict=True) if self._means else [()] * len(names)
+        figures = dict(zip(names, map(_mean, columns), strict=True))
         figures["covering"] = self._covered / self._pixels if self._pixels else float("nan")
         return {name: figures[name] for name in _REGION_FIGURES if self._several or name != "covering_best"}
 
@@ -228,7 +228,7 @@ def _grown(table: Table, shape: tuple[int, int]) -> Table:
     return np.pad(table, [(0, new - old) for old, new in zip(table.shape, shape, strict=True)])
 
 
-def _mean(values: Sequence[float]) -> float:
-    """Of the values that are numbers."""
+def _mean(values: Iterable[float]) -> float:
+    """The mean of those values that are not NaN; NaN if there is none."""
     numbers = [value for value in values if not np.isnan(value)]
     return float(np.mean(numbers)) if numbers else float("nan")

@@ -180,4 +180,7 @@ def test_region_scores_over_several_truths():
     assert after["covering"] == pytest.approx((4 * 1 + 4 * 0.5 + 2) / 10)  # over all regions of all truths
     scores.add([metrics.confusion(np.array([[0, 0]]), np.array([[-1, -1]]))])
     assert scores.figures() == after  # nothing labelled, nothing counted
+    scores.add([metrics.confusion(np.array([[0, 0]]), np.array([[-1, 1]]))])
+    assert scores.figures()["rand_index"] == after["rand_index"]  # one labelled pixel makes no pair
+    assert scores.figures()["accuracy"] == pytest.approx((0.75 + 1 + 1) / 3)
     assert all(np.isnan(value) for value in metrics.RegionScores().figures().values())
