@@ -29,7 +29,6 @@ _NOTED = (  # in the files of labels
     "model", "dtype", "threshold", "anchors", "iterations", "rule", "weights", "timestep", "processing_resolution",
     "refine", "semantic", "caption", "labels", "captioner", "keep_masks",
 )  # fmt: skip
-_DECIDING = ("threshold", "anchors", "iterations", "rule", "weights", "timestep", "backend")  # the segments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,9 +157,10 @@ def _segment(options: argparse.Namespace) -> int:
     from .folder import segment_files
 
     pipe = loading.load_pipeline(options.model, options.device, options.dtype)
-    asked = {name: getattr(options, name) for name in (*_DECIDING, "processing_resolution", "refine")}
+    asked = {name: getattr(options, name) for name in (*loading.OPTIONS, "processing_resolution", "refine")}
     asked |= {"time_stages": options.time, **_naming(options, pipe)}
-    _check(pipe, asked)
+    loading.check_options(pipe, asked)
+    _check_names(pipe, asked)
     _load_captioner(pipe, asked)
     with tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1) as progress:
 
@@ -322,21 +322,20 @@ def _naming(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
     }
 
 
-def _check(pipe: Any, asked: dict[str, Any]) -> None:
-    """Refuses what the pipeline's call would refuse of every image."""
+def _check_names(pipe: Any, asked: dict[str, Any]) -> None:
+    """Refuses a caption and labels that the pipeline's call would refuse for every image."""
     from . import semantics
 
+    if "semantic" not in asked:
+        return
     try:
-        pipe.options(**{name: asked[name] for name in _DECIDING})
-        pipe.processed_size((1, 1), asked["processing_resolution"])
-        if "semantic" in asked:
-            captions, labels = semantics.check_request(
-                pipe.text_encoder, asked["caption"], asked["labels"], asked["captioner"], 1
-            )
-            if captions is not None:
-                semantics.prompts(captions, labels, 1)
+        captions, labels = semantics.check_request(
+            pipe.text_encoder, asked["caption"], asked["labels"], asked["captioner"], 1
+        )
+        if captions is not None:
+            semantics.prompts(captions, labels, 1)
     except (ValueError, TypeError) as error:
-        raise UsageError(f"--{str(error).replace('processing_resolution', 'processing-resolution', 1)}") from error
+        raise UsageError(f"--{error}") from error
 
 
 def _load_captioner(pipe: Any, asked: dict[str, Any]) -> None:

@@ -161,25 +161,8 @@ def start(state: Any, options: argparse.Namespace, needed: Sequence[str]) -> tup
         processing_resolution=options.processing_resolution,
         backend=options.backend,
     )
-    check(pipe, settings)
+    loading.check_options(pipe, asdict(settings))
     return dataset, pipe, settings
-
-
-def check(pipe: DiffSegPipeline, settings: Settings) -> None:
-    """Raises UsageError where the settings are wrong, or not for this pipeline."""
-    try:
-        pipe.options(
-            threshold=settings.threshold,
-            anchors=settings.anchors,
-            iterations=settings.iterations,
-            rule=settings.rule,
-            weights=settings.weights,
-            timestep=settings.timestep,
-            backend=settings.backend,
-        )
-        pipe.processed_size((1, 1), settings.processing_resolution)
-    except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from error
 
 
 def described_run(options: argparse.Namespace, pipe: DiffSegPipeline, settings: Settings) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .backends import BACKENDS
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from .pipeline import DiffSegPipeline
 
 STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4"
+
+OPTIONS = ("threshold", "anchors", "iterations", "rule", "weights", "timestep", "backend")
+"""What :meth:`diffseg.DiffSegPipeline.options` takes, and the segments follow from."""
 
 
 class UsageError(Exception):
@@ -104,6 +108,19 @@ def check_backend(name: str, device: torch.device) -> None:
             BACKENDS[name].can_run("merge", device, torch.float32, raise_error=True)
         except ValueError as error:
             raise UsageError(f"--{error}") from error
+
+
+def check_options(pipe: DiffSegPipeline, given: Mapping[str, Any], prefix: str = "--") -> None:
+    """Raises UsageError, ``prefix`` before the option's name, where a call of ``pipe`` would refuse ``given``.
+
+    Args:
+        given: at least ``processing_resolution`` and all of :data:`OPTIONS`.
+    """
+    try:
+        pipe.options(**{name: given[name] for name in OPTIONS})
+        pipe.processed_size((1, 1), given["processing_resolution"])
+    except (ValueError, TypeError) as error:
+        raise UsageError(prefix + str(error).replace("processing_resolution", "processing-resolution", 1)) from error
 
 
 def check_output(option: str, folder: Path) -> None:

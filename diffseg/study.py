@@ -6,7 +6,7 @@ import argparse
 import csv
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import evaluate, metrics, reference, runs
+from . import evaluate, loading, metrics, reference, runs
 from .checks import RULES, WEIGHT_SCHEMES
 from .datasets import Dataset, Sample
 from .loading import UsageError
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     dataset, pipe, base = evaluate.start(state, options, ("scipy", "matplotlib"))
     points = list(_points(base, sweeps))
     for point in points:
-        evaluate.check(pipe, point.settings)
+        loading.check_options(pipe, asdict(point.settings), "--sweep ")
     described = {
         **evaluate.described_run(options, pipe, base),
         "points": [point.key for point in points],

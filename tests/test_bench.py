@@ -245,7 +245,6 @@ class TestPasses:
     ("words", "message"),
     [
         (["fly"], "STAGE: expected some of aggregate, maps, "),
-        (["merge", "--backend", "magic"], "--backend: expected one of cpu, "),
         (["merge", "--device", "tpu"], "--device tpu: "),
         (["merge", "--batch", "0"], "--batch: expected at least 1, got 0"),
         (["merge", "--published", "nowhere"], "--published: expected a folder, got nowhere"),

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from ..loading import UsageError, check_output, find_device
+from ..backends import BACKENDS
+from ..loading import UsageError, check_backend, check_output, find_device
 from ..reference import Grid
 from . import ceilings, compare, plot, report
 from .networks import ARCHITECTURES
-from .run import Journal, Record, check_backends, run_rows
+from .run import Journal, Record, run_rows
 from .suite import STAGES, Settings
 from .timing import Timer
 
@@ -35,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", nargs="+", metavar="PIXELS", help="of images: 512 or 512x768 (default: 512)")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="B", help="images at once (default: 1)")
-    parser.add_argument("--case", nargs="+", default=[], metavar="CASE", help=f"some of {', '.join(CASES)}")
-    parser.add_argument("--backend", nargs="+", default=[], metavar="NAME", help="(default: all that can run)")
+    parser.add_argument("--case", nargs="+", default=[], choices=CASES, help="(default: those that suit the stage)")
+    parser.add_argument("--backend", nargs="+", default=[], choices=tuple(BACKENDS), help="(default: all that can run)")
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=_DTYPES, help="of queries, keys and networks (default: float16 on cuda)")
     parser.add_argument("--quick", action="store_true", help=f"size {QUICK_SIZE}, fewest samples, one pass")
@@ -69,9 +70,6 @@ def settings_of(options: argparse.Namespace) -> Settings:
     unknown = [stage for stage in options.stages if stage not in STAGES]
     if unknown:
         raise UsageError(f"STAGE: expected some of {', '.join(STAGES)}, got {unknown[0]!r}")
-    strange = [case for case in options.case if case not in CASES]
-    if strange:
-        raise UsageError(f"--case: expected some of {', '.join(CASES)}, got {strange[0]!r}")
     if options.seconds is not None and not 0 < options.seconds < math.inf:
         raise UsageError(f"--seconds: expected a positive number, got {options.seconds}")
     device = find_device(options.device)
@@ -83,10 +81,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
         raise UsageError(f"--published: expected a folder, got {options.published}")
     if options.model is not None and not Path(options.model).is_dir():
         raise UsageError(f"--model: expected a folder, got {options.model}")
-    try:
-        check_backends(options.backend, device)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    for name in options.backend:
+        check_backend(name, device)
     return Settings(
         stages=tuple(dict.fromkeys(options.stages)),
         cases=tuple(options.case),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..backends import BACKENDS, explain_backends
+from ..backends import explain_backends
 from ..runs import write_text
 from . import ceilings, passes
 from .cases import Unavailable
@@ -239,14 +239,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def check_backends(names: Sequence[str], device: torch.device) -> None:
-    """Raises ValueError where a backend that was named cannot run here, with its reason."""
-    for name in names:
-        if name not in BACKENDS:
-            raise ValueError(f"--backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-        BACKENDS[name].can_run("merge", device, torch.float32, raise_error=True)
 
 
 def _progress(text: str) -> None:
