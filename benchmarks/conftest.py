@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from diffseg.bench import command
+from diffseg.bench.rows import rows_of
 from diffseg.bench.suite import Suite
 from diffseg.loading import UsageError
 
@@ -29,5 +30,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             settings = command.parse(metafunc.config.getoption("rows"))
         except UsageError as error:
             raise pytest.UsageError(f"--rows: {error}") from error
-        rows = list(dict.fromkeys(Suite(settings).rows()))
+        rows = list(dict.fromkeys(rows_of(settings)))
         metafunc.parametrize("row", rows, ids=str, scope="module")

@@ -14,7 +14,8 @@ import torch
 
 from diffseg.bench import run
 from diffseg.bench.cases import Unavailable
-from diffseg.bench.suite import Plan, Row, Suite
+from diffseg.bench.rows import Plan, Row
+from diffseg.bench.suite import Suite
 from diffseg.bench.timing import Timer
 
 ROUNDS = 5

@@ -12,7 +12,7 @@ import torch
 from diffseg import cli
 from diffseg.bench import run
 from diffseg.bench.cost import Ceilings
-from diffseg.bench.suite import Row
+from diffseg.bench.rows import Row
 
 LIMITS = Ceilings(copy=1e10)
 ROW = Row("merge", "noise")

@@ -19,7 +19,8 @@ import torch
 import diffseg
 from diffseg.bench import run
 from diffseg.bench.cost import Ceilings
-from diffseg.bench.suite import Row, Settings, Suite
+from diffseg.bench.rows import Row, Settings
+from diffseg.bench.suite import Suite
 from diffseg.bench.timing import Timer
 
 LEAST_SPEEDUP = 1.3  # over the reference; the kernels are made for 2 and more

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import native
 from .cost import Ceilings
+from .timing import elapsed
 
 _SECONDS = 0.3  # of measuring each ceiling
 
@@ -121,21 +122,8 @@ def _fastest(run: Callable[[], Tensor | None], device: torch.device) -> float:
     run()
     best, end = float("inf"), time.perf_counter() + _SECONDS
     while time.perf_counter() < end:
-        best = min(best, _seconds(run, device))
+        best = min(best, elapsed(lambda _: run(), [None], device))
     return best
-
-
-def _seconds(run: Callable[[], Tensor | None], device: torch.device) -> float:
-    if device.type == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) / 1000
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
 
 
 class _tf32:  # noqa: N801  (a context manager)

@@ -17,8 +17,9 @@ from ..loading import UsageError, check_backend, check_output, find_device
 from ..reference import Grid
 from . import ceilings, compare, plot, report
 from .networks import ARCHITECTURES
-from .run import Journal, Record, run_rows
-from .suite import STAGES, Settings
+from .report import Record
+from .rows import STAGES, Settings
+from .run import Journal, run_rows
 from .timing import Timer
 
 SECONDS, SUBSET_SECONDS, QUICK_SECONDS = 1.0, 0.9, 0.1
@@ -117,10 +118,7 @@ def run(options: argparse.Namespace) -> int:
         return compare.run(*options.compare)
     settings = settings_of(options)
     if options.plot is not None:
-        try:
-            plot.check(options.plot)
-        except plot.PlotError as error:
-            raise UsageError(str(error)) from error
+        plot.check(options.plot)
     for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path is not None:
             _make_place(option, path)

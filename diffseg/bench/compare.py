@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..loading import UsageError
-from .report import aligned, bounds, factor
+from .report import Record, aligned, bounds, factor
 from .run import FORMAT
 
-Record = dict[str, Any]
 Key = tuple[str, str]
 
 _SAME = ("processor", "isa", "threads", "gpu")  # what makes a machine

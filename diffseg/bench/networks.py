@@ -9,31 +9,27 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import cases, gates
 from .cases import Unavailable
+from .rows import Plan, Row, Settings
 from .timing import Contender
-
-if TYPE_CHECKING:
-    from .suite import Plan, Row, Settings
 
 ARCHITECTURES = ("sd14",)
 FOLDER_IMAGES, FOLDER_BATCH = 12, 2
 
 
 def plan(row: Row, settings: Settings) -> Plan:
-    from .suite import Plan
-
     try:
         pipe = load(settings)
     except ImportError as error:
         raise Unavailable(f"it needs diffusers and transformers ({error})") from error
     with torch.no_grad():
-        return Plan(*_PLANS[row.stage](pipe, row, settings))
+        return _PLANS[row.stage](pipe, row, settings)
 
 
 def load(settings: Settings) -> Any:
@@ -76,7 +72,7 @@ def _images(pipe: Any, row: Row) -> list[Tensor]:
     return cases.pictures(row.batch, size)
 
 
-def _capture(pipe: Any, row: Row, settings: Settings) -> tuple[Any, ...]:
+def _capture(pipe: Any, row: Row, settings: Settings) -> Plan:
     from ..capture import record_attention
 
     bare = forward(pipe, torch.stack(_images(pipe, row)))
@@ -93,13 +89,14 @@ def _capture(pipe: Any, row: Row, settings: Settings) -> tuple[Any, ...]:
         if not torch.equal(found, expected()) and not torch.allclose(found, expected(), rtol=1e-2, atol=1e-2):
             raise gates.GateError("recording changed what the network returns")
 
-    return [None], [
+    contenders = [
         Contender("record_attention", "subject", recorded, check),
         Contender("bare forward", "baseline", bare, check),
     ]
+    return Plan([None], contenders)
 
 
-def _pipeline(pipe: Any, row: Row, settings: Settings) -> tuple[Any, ...]:
+def _pipeline(pipe: Any, row: Row, settings: Settings) -> Plan:
     from ..backends import BACKENDS
 
     pictures = _images(pipe, row)
@@ -128,10 +125,10 @@ def _pipeline(pipe: Any, row: Row, settings: Settings) -> tuple[Any, ...]:
     if settings.device.type == "cuda":
         contenders += [Contender(f"pipe, {name}, warm", "subject", labels(warm(name), name), check) for name in able]
     contenders.append(Contender("bare VAE + UNet", "baseline", bare, recordable=True, note="other work: no labels"))
-    return [given], contenders
+    return Plan([given], contenders)
 
 
-def _folder(pipe: Any, row: Row, settings: Settings) -> tuple[Any, ...]:
+def _folder(pipe: Any, row: Row, settings: Settings) -> Plan:
     import numpy as np
     from PIL import Image
 
@@ -175,10 +172,15 @@ def _folder(pipe: Any, row: Row, settings: Settings) -> tuple[Any, ...]:
         assert folder.name  # held as long as the contenders are
         gate(read(done))
 
-    return [None], [
+    contenders = [
         Contender(f"diffseg segment, {FOLDER_IMAGES} files", "subject", at_once, check),
         Contender("for path in paths: pipe(open(path))", "baseline", one_by_one, check),
     ]
+    return Plan([None], contenders)
 
 
-_PLANS: dict[str, Callable[..., tuple[Any, ...]]] = {"capture": _capture, "pipeline": _pipeline, "folder": _folder}
+_PLANS: dict[str, Callable[[Any, Row, Settings], Plan]] = {
+    "capture": _capture,
+    "pipeline": _pipeline,
+    "folder": _folder,
+}

@@ -13,7 +13,8 @@ from multiprocessing.connection import Connection
 import torch
 
 from .cases import Unavailable
-from .suite import Row, Settings, Suite
+from .rows import Row, Settings
+from .suite import Suite
 from .timing import Timed, Timer
 
 

@@ -6,25 +6,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]
-
-
-class PlotError(Exception):
-    """No picture can be made; says why."""
+from ..loading import UsageError
+from .report import Record
 
 
 def check(path: Path) -> None:
-    """Raises PlotError where :func:`save` could not write ``path``: before an hour of measuring, not after."""
+    """Raises UsageError where :func:`save` could not write ``path``: before an hour of measuring, not after."""
     if path.suffix not in (".png", ".svg"):
-        raise PlotError(f"--plot: expected a name that ends in .png or .svg, got {path}")
+        raise UsageError(f"--plot: expected a name that ends in .png or .svg, got {path}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise PlotError("--plot needs matplotlib: pip install -e '.[evaluate]' in a checkout") from error
+        raise UsageError("--plot needs matplotlib: pip install -e '.[evaluate]' in a checkout") from error
 
 
 def save(rows: list[Record], title: str, path: Path) -> None:
-    """Draws the measured rows; parts without a row are left out."""
+    """Draws the measured rows, of which there must be one; parts without a row are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,8 +39,6 @@ def save(rows: list[Record], title: str, path: Path) -> None:
         )
         if chosen
     ]
-    if not parts:
-        raise PlotError("--plot: nothing was measured")
     figure, axes = pyplot.subplots(len(parts), 1, figsize=(9, 4.2 * len(parts)), squeeze=False, layout="constrained")
     for axis, (draw, chosen) in zip(axes[:, 0], parts, strict=True):
         draw(axis, chosen)

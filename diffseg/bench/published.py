@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +27,7 @@ class Measured(NamedTuple):
 
 
 class Published:
-    """A process that holds the published code and the maps of ``case``. Close it, or use it as a context.
+    """A process that holds the published code and the maps of ``case``. Close it after use.
 
     Raises:
         RuntimeError: the checkout holds no ``segmentor.py``, or the process did not start; with its last words.
@@ -69,14 +68,6 @@ class Published:
         self._process.wait()
         self._errors.close()
         self._folder.cleanup()
-
-    def __enter__(self) -> Published:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _line(self) -> str:
         assert self._process.stdout is not None

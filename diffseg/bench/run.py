@@ -22,11 +22,11 @@ from . import ceilings, passes
 from .cases import Unavailable
 from .cost import Ceilings
 from .gates import GateError
+from .report import Record
+from .rows import Plan, Row, Settings, rows_of
 from .spread import Spread, percentile, ratio
-from .suite import Plan, Row, Settings, Suite
+from .suite import Suite
 from .timing import Contender, Timed, Timer
-
-Record = dict[str, Any]
 
 FORMAT = 2
 """Of the file: 1 held one pass, and spreads of its rounds."""
@@ -107,7 +107,7 @@ def _first_pass(
     """The pass that checks, in this process; what there is to repeat."""
     todo = []
     with Suite(settings) as suite:
-        for index, row in enumerate(suite.rows()):
+        for index, row in enumerate(rows_of(settings)):
             _progress(f"pass 1 of {timer.passes}: {row}" if timer.passes > 1 else str(row))
             record = run_row(suite, row, timer, limits)
             journal.add(record)

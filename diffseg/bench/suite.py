@@ -1,110 +1,29 @@
-"""The rows of the suite: which there are, and how each one's inputs, contenders and gates are made."""
+"""Makes rows ready to run: the inputs, contenders and gates of each stage."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import memory, ops
-from ..backends import BACKENDS, OPS
-from ..reference import Grid
-from . import cases, cost, gates, peers
+from ..backends import BACKENDS
+from . import cases, cost, gates, networks, peers
 from .cases import Case, Unavailable
 from .ceilings import last_level_cache
 from .cost import Work
+from .rows import NETWORK_STAGES, Plan, Row, Settings
 from .timing import Contender
 
-NETWORK_STAGES = ("capture", "pipeline", "folder")
 ITERATIONS = 3
 MANY_ITERATIONS = 9  # where nothing merges, later rounds are as long as the second: eight of them outweigh the noise
-ANCHORS = 16
-GROWING_SIZES = (192, 256, 384, 512, 768)  # grids of 24, 32, 48, 64 and 96 a side
-GROWING_ANCHORS = (4, 8, 16, 32)
-_TINY = (32, 32)  # an image whose grid is 4 x 4
-
-STAGES = {
-    "aggregate": "A_f from queries and keys",
-    "maps": "A_f from attention maps",
-    "round1": "merging, round 1",
-    "rounds": "merging, the rounds after the first",
-    "merge": "merging, all rounds",
-    "label": "upsample and argmax",
-    "segment": "queries and keys to labels",
-    "published": "maps to labels, by the published code's rule",
-    "call": "one call on tiny inputs",
-    "capture": "a UNet's forward pass, with and without recording",
-    "pipeline": "image to labels",
-    "folder": "files to written files, not in the subset",
-    "growth": "aggregate and merge as the grid and the anchors grow",
-}
-
-SUBSET_STAGES = tuple(stage for stage in STAGES if stage != "folder")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to measure, and on what."""
-
-    stages: tuple[str, ...] = ()  # none: the subset that takes two minutes and a quarter on two cores
-    cases: tuple[str, ...] = ()  # none: those that suit the stage
-    sizes: tuple[Grid, ...] = ((512, 512),)  # of images, in pixels
-    batches: tuple[int, ...] = (1,)
-    backends: tuple[str, ...] = ()  # none: all that can run
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float32  # of queries, keys and networks
-    published: Path | None = None
-    published_python: str | None = None
-    model: str | None = None
-    architecture: str | None = None
-
-    @property
-    def subset(self) -> bool:
-        return not self.stages
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of comparison: a stage on an input."""
-
-    stage: str
-    case: str
-    size: Grid = (512, 512)
-    batch: int = 1
-    anchors: int = ANCHORS  # a side
-    series: tuple[str, ...] = ()  # of the growth that it is a point of: "cells", "anchors"
-
-    @property
-    def grid(self) -> Grid:
-        return (self.size[0] // 8, self.size[1] // 8)
-
-    @property
-    def cells(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    def __str__(self) -> str:
-        words = [self.stage, self.case, f"{self.size[0]}x{self.size[1]}", f"B={self.batch}"]
-        return " ".join([*words, f"M={self.anchors}"] if self.anchors != ANCHORS else words)
-
-
-@dataclass
-class Plan:
-    """A row, ready to run. What only its description needs is computed when asked for."""
-
-    inputs: list[Any]
-    contenders: list[Contender]
-    work: Callable[[], Work] | None = None
-    precision: str = "float32"  # of the products of the floor
-    notes: list[str | Callable[[], str]] = field(default_factory=list)
 
 
 class Suite:
-    """Makes the rows that ``settings`` ask for. Use it as a context: it may hold other processes."""
+    """Plans rows under ``settings``. Use it as a context: it may hold other processes."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -118,63 +37,12 @@ class Suite:
     def __exit__(self, *_: object) -> None:
         self._held.close()
 
-    def rows(self) -> Iterator[Row]:
-        settings = self.settings
-        for size in settings.sizes:
-            for batch in settings.batches:
-                for stage in settings.stages or SUBSET_STAGES:
-                    given = _TINY if stage == "call" else size
-                    yield from (Row(stage, case, given, batch) for case in self._cases_of(stage, size))
-        if settings.subset or "growth" in settings.stages:
-            yield from self._growing()
-
-    def _growing(self) -> Iterator[Row]:
-        subset = self.settings.subset
-        sizes = GROWING_SIZES[:3] if subset else GROWING_SIZES
-        anchors = GROWING_ANCHORS[:3] if subset else GROWING_ANCHORS
-        side = 256 if subset else 512
-        yield from (Row("aggregate", "thin", (each, each), series=("cells",)) for each in sizes)
-        for each in sizes:
-            yield Row("merge", "thin", (each, each), series=("cells", "anchors") if each == side else ("cells",))
-        for each in anchors:
-            if each != ANCHORS:
-                yield Row("merge", "thin", (side, side), anchors=each, series=("anchors",))
-
-    def _cases_of(self, stage: str, size: Grid) -> list[str]:
-        if stage == "growth":  # has sizes of its own
-            return []
-        if stage == "call":
-            return list(OPS)
-        if stage in NETWORK_STAGES:
-            return [self.settings.architecture or ("bundled" if self.settings.model is None else "model")]
-        if self.settings.cases:
-            return list(self.settings.cases)
-        golden = size == (512, 512) and cases.golden_available()
-        if stage == "published":
-            return ["golden" if golden else "thin"]
-        on_gpu = self.device.type == "cuda"
-        if self.settings.subset and not on_gpu:
-            special = {
-                "aggregate": ["sd14"],
-                "maps": ["golden" if golden else "thin"],
-                "rounds": ["noise"],
-                "merge": ["bundled", "noise"],
-            }
-            return special.get(stage, ["bundled"])
-        wide = ["sd14"] if on_gpu or stage in ("aggregate", "segment") else []
-        noise = ["noise"] if stage in ("round1", "rounds", "merge", "label") else []
-        if stage == "maps":
-            return ["golden"] if golden else ["thin"]
-        return [*wide, *(["golden"] if golden else []), "bundled", *noise]
-
     def plan(self, row: Row) -> Plan:
         """Makes inputs and contenders, which may take longer than timing them. Raises Unavailable."""
         needed, free = memory_needed(row), memory.available(self.device)
         if needed > free:
             raise Unavailable(f"it needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
         if row.stage in NETWORK_STAGES:
-            from . import networks
-
             return networks.plan(row, self.settings)
         plan: Plan = getattr(self, f"_{row.stage}")(row)
         plan.notes += [f"{each.name}: {each.unavailable}" for each in plan.contenders if each.unavailable]
@@ -215,8 +83,30 @@ class Suite:
             for name in self.backends(op, dtype)
         ]
 
+    def _with_reference(
+        self, op: str, dtype: torch.dtype, run: Callable[[Any, str], Any], check: Any
+    ) -> list[Contender]:
+        """The backends, and the reference as their baseline."""
+        baseline = Contender("eager", "baseline", partial(_with, run, "reference"), check)
+        return [*self._subjects(op, dtype, run, check), baseline]
+
+    def _eager(
+        self, run: Callable[[Any, str], Any], check: Any, minus: Any = None, *, all_walks: bool = False
+    ) -> list[Contender]:
+        """The eager baselines, one a walk; on a CPU the host's alone, which is the faster, unless all are asked for."""
+        return [
+            Contender(
+                f"eager, {walk} walk",
+                "baseline",
+                partial(_with, run, walk),
+                check,
+                minus=None if minus is None else partial(_with, minus, walk),
+            )
+            for walk in (peers.WALKS if all_walks or self.device.type == "cuda" else peers.WALKS[:1])
+        ]
+
     def _precision(self, dtype: torch.dtype) -> str:
-        """Of the products that the contract allows on this device."""
+        """In which the contract allows matrix products on this device."""
         return "bfloat16" if self.device.type == "cuda" and dtype != torch.float32 else "float32"
 
     def _aggregate(self, row: Row) -> Plan:
@@ -227,13 +117,12 @@ class Suite:
         def run(given: Any, backend: str) -> Any:
             return case.aggregate(given, backend=backend)
 
-        contenders = self._subjects("aggregate", dtype, run, check)
-        contenders += [
-            Contender("eager", "baseline", lambda given: run(given, "reference"), check),
+        contenders = self._with_reference("aggregate", dtype, run, check)
+        contenders.append(
             Contender(
                 "sdpa", "peer", lambda given: peers.sdpa(given[0], given[1], case.scales), note="other work: no A_f"
-            ),
-        ]
+            )
+        )
         inputs = cases.rotated((case.queries, case.keys, case.logsumexps), self.device)
         return Plan(inputs, contenders, lambda: self._aggregate_work(case), self._precision(dtype))
 
@@ -246,14 +135,12 @@ class Suite:
     def _maps(self, row: Row) -> Plan:
         case = self.case(row)
         check = gates.attention_gate(case, case.maps)
-
         out = torch.empty(row.batch, row.cells, row.cells, device=self.device)
 
         def run(maps: Any, backend: str) -> Any:
             return case.aggregate_maps(maps, backend=backend, out=out)
 
-        contenders = self._subjects("aggregate_maps", torch.float32, run, check)
-        contenders.append(Contender("eager", "baseline", lambda maps: run(maps, "reference"), check))
+        contenders = self._with_reference("aggregate_maps", torch.float32, run, check)
         moved = sum(maps.nbytes for maps in case.maps) + out.nbytes
         if moved > 4 * last_level_cache(self.device):
             copy = peers.copy_of(moved, self.device)
@@ -284,22 +171,6 @@ class Suite:
             return peers.eager_merge(given, row.grid, anchors, thresholds, rule, walk)
 
         return attention, threshold, anchors, by_backend, eagerly
-
-    def _eager(self, run: Callable[[Any, str], Any], check: Any, minus: Any = None) -> list[Contender]:
-        return [
-            Contender(
-                f"eager, {walk} walk",
-                "baseline",
-                partial(_with, run, walk),
-                check,
-                minus=None if minus is None else partial(_with, minus, walk),
-            )
-            for walk in peers.WALKS
-        ]
-
-    def _walks(self) -> int:
-        """How many of the eager walks to time: on a CPU the host's is the faster."""
-        return len(peers.WALKS) if self.device.type == "cuda" else 1
 
     def _round1(self, row: Row) -> Plan:
         attention, threshold, anchors, by_backend, eagerly = self._merging(row, 1)
@@ -354,7 +225,7 @@ class Suite:
         for each in contenders:
             each.recordable = False  # a graph's two times are not taken in one sample
             each.minus = partial(_with, first_by_backend, each.name)
-        contenders += self._eager(eagerly, check, minus=first_eagerly)[: self._walks()]
+        contenders += self._eager(eagerly, check, minus=first_eagerly)
         notes: list[str | Callable[[], str]] = [f"the difference of {iterations} rounds and one, sample by sample"]
         return Plan(
             cases.rotated(attention, self.device), contenders, lambda: self._later_work(row, iterations - 1),
@@ -371,8 +242,7 @@ class Suite:
         attention, threshold, anchors, by_backend, eagerly = self._merging(row, ITERATIONS)
         check = gates.merge_gate(attention, row.grid, row.size, anchors, [threshold] * ITERATIONS, "paper")
         contenders = self._subjects("merge", attention.dtype, by_backend, check)
-        both = not (self.settings.subset or row.series)
-        contenders += self._eager(eagerly, check)[: len(peers.WALKS) if both else self._walks()]
+        contenders += self._eager(eagerly, check, all_walks=not (self.settings.subset or row.series))
         density = cache(lambda: gates.density(attention, anchors, threshold))
         return Plan(
             cases.rotated(attention, self.device), contenders, lambda: self._merge_work(row, density()),
@@ -387,8 +257,7 @@ class Suite:
         def run(given: ops.Proposals, backend: str) -> torch.Tensor:
             return ops.label(given, row.size, backend=backend)
 
-        contenders = self._subjects("label", torch.float32, run, check)
-        contenders.append(Contender("eager", "baseline", lambda given: run(given, "reference"), check))
+        contenders = self._with_reference("label", torch.float32, run, check)
         count = float(proposals.counts.float().mean())
         return Plan(
             cases.rotated(proposals, self.device), contenders,
@@ -415,7 +284,7 @@ class Suite:
         expected = cache(lambda: eagerly((case.queries, case.keys, case.logsumexps), "host"))
         check = gates.labels_gate(expected)
         dtype = case.queries[0].dtype
-        contenders = self._subjects("aggregate", dtype, run, check) + self._eager(eagerly, check)[: self._walks()]
+        contenders = self._subjects("aggregate", dtype, run, check) + self._eager(eagerly, check)
         on_cpu = self.device.type == "cpu"  # beside a GPU's contenders its seconds would leave them one round
         if on_cpu and not self.settings.subset and peers.kmeans_missing() is None:
             clusters = int(expected()[0].max()) + 1
@@ -457,7 +326,7 @@ class Suite:
 
         check = gates.labels_gate(lambda: eagerly([maps.double() for maps in case.maps], "host"))
         contenders = self._subjects("aggregate_maps", torch.float32, run, check)
-        contenders += self._eager(eagerly, check)[: self._walks()]
+        contenders += self._eager(eagerly, check)
         if not self.settings.subset:
             contenders.append(
                 Contender(
@@ -483,7 +352,7 @@ class Suite:
             )
         except (RuntimeError, ValueError, OSError) as error:
             return Contender(name, "peer", lambda _: None, unavailable=str(error))
-        self._held.enter_context(process)
+        self._held.callback(process.close)
         return Contender(
             name, "peer", process, lambda measured: check(measured.labels), elsewhere=True,
             note="its own process and clock; its first round is in float16",
@@ -540,8 +409,7 @@ class Suite:
         }
         given, run, check = op[row.case]
         dtype = labels.dtype if row.case == "renumber" else attention.dtype
-        contenders = self._subjects(row.case, dtype, run, check)
-        contenders.append(Contender("eager", "baseline", lambda each: run(each, "reference"), check))
+        contenders = self._with_reference(row.case, dtype, run, check)
         addend = torch.zeros(16, device=self.device)
         contenders.append(
             Contender("one torch.add", "peer", lambda _: addend + 1, note="other work: a torch call's cost")

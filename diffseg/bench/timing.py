@@ -134,7 +134,7 @@ class Timer:
         """Of calls on end, more and more until they take as long as half a sample."""
         repeats = 1
         while True:
-            seconds = self._seconds(contender.run, [inputs[i % len(inputs)] for i in range(repeats)])
+            seconds = elapsed(contender.run, [inputs[i % len(inputs)] for i in range(repeats)], self.device)
             if seconds >= SHORTEST_SAMPLE / 2:
                 return seconds / repeats
             repeats *= 4
@@ -145,9 +145,9 @@ class Timer:
                 seconds: float = contender.run(inputs[0]).seconds
                 return seconds
             chosen = [inputs[(number * repeats + i) % len(inputs)] for i in range(repeats)]
-            total = self._seconds(contender.run, chosen)
+            total = elapsed(contender.run, chosen, self.device)
             if contender.minus is not None:
-                total -= self._seconds(contender.minus, chosen)
+                total -= elapsed(contender.minus, chosen, self.device)
             return total / repeats
 
         return sample
@@ -164,25 +164,10 @@ class Timer:
 
         def sample(number: int, repeats: int) -> float:
             chosen = [graphs[(number * repeats + i) % len(graphs)] for i in range(repeats)]
-            return self._seconds(lambda graph: graph.replay(), chosen) / repeats
+            return elapsed(lambda graph: graph.replay(), chosen, self.device) / repeats
 
         twin = replace(contender, name=f"{contender.name}, recorded", recordable=False)
         return Timed(twin, "graph", memory=timed.memory, seconds=timed.seconds), sample
-
-    def _seconds(self, run: Callable[[Any], Any], chosen: Sequence[Any]) -> float:
-        if self.device.type == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._wait()
-            start.record()
-            for given in chosen:
-                run(given)
-            stop.record()
-            stop.synchronize()
-            return start.elapsed_time(stop) / 1000
-        begin = time.perf_counter()
-        for given in chosen:
-            run(given)
-        return time.perf_counter() - begin
 
     def _memory(self, run: Callable[[], Any]) -> int | None:
         if self.device.type == "cuda":
@@ -197,6 +182,23 @@ class Timer:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def elapsed(run: Callable[[Any], Any], inputs: Sequence[Any], device: torch.device) -> float:
+    """The seconds of a call on each of the inputs in turn; on a GPU, of what the calls queue there."""
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for given in inputs:
+            run(given)
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1000
+    begin = time.perf_counter()
+    for given in inputs:
+        run(given)
+    return time.perf_counter() - begin
 
 
 def peak_resident(run: Callable[[], Any]) -> int | None:
