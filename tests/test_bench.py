@@ -21,7 +21,7 @@ import torch
 import diffseg
 from diffseg import backends, cli
 from diffseg.backends import OPS
-from diffseg.bench import cases, ceilings, command, gates, passes, peers, plot, report, run, suite, timing
+from diffseg.bench import cases, ceilings, command, gates, networks, passes, peers, plot, report, run, suite, timing
 from diffseg.bench.cases import Unavailable
 from diffseg.bench.cost import Ceilings, Layer
 from diffseg.bench.published import Published
@@ -91,7 +91,8 @@ def test_backends_are_listed_and_the_others_say_why(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ("growth", "capture", "pipeline")])
-def test_every_stage_runs(stage: str, tmp_path: Path) -> None:
+def test_every_stage_runs(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "FOLDER_IMAGES", 3)
     path = tmp_path / "out.json"
     assert bench(stage, "--case", "thin", "--json", str(path)) == 0
     rows = contents(path)["rows"]

@@ -3,12 +3,14 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import diffseg
+from diffseg.methods import Settings
 from diffseg.metrics import matched_accuracy
 from diffseg.tiny import MODEL, report, train
 from diffseg.tiny.scenes import REPORT_SEEDS, scene
@@ -58,7 +60,9 @@ def test_a_network_in_bfloat16_keeps_the_labels(pipe):
     assert np.mean(agreements) >= 0.99
 
 
-def test_the_report_names_every_method(pipe):
+def test_the_report_names_every_method(pipe, monkeypatch):
+    small = replace(Settings.of(pipe), processing_resolution=32)  # k-means on the rows of a whole A_f takes long
+    monkeypatch.setattr(Settings, "of", lambda _: small)
     lines = list(report.table(report.report(pipe, 1)))
     assert [line.split("|")[1].strip().split(" (")[0] for line in lines[2:]] == [
         "DiffSeg", "DiffSeg, official rule", "K-Means-C", "K-Means-S", "k-means, colour + position", "one segment"
@@ -69,7 +73,7 @@ def test_choosing(pipe, monkeypatch):
     timestep, threshold = pipe.config.timestep, pipe.config.threshold
     monkeypatch.setattr(report, "TIMESTEPS", (timestep,))
     monkeypatch.setattr(report, "THRESHOLDS", (1e-4, threshold, 100.0))
-    accuracies = report.choose(pipe, 3)
+    accuracies = report.choose(pipe, 1)
     assert list(accuracies) == [(timestep, 1e-4), (timestep, threshold), (timestep, 100.0)]
     assert max(accuracies, key=accuracies.get) == (timestep, threshold)
 
@@ -90,6 +94,11 @@ def test_the_choice_is_written_into_the_model_and_changes_nothing_else(monkeypat
     with pytest.raises(SystemExit):
         report.main()
     assert "--weights: expected --choose" in capsys.readouterr().err
+
+
+def trained(output):
+    """The network that a training wrote."""
+    return diffseg.DiffSegPipeline.from_pretrained(output / "model").unet
 
 
 def run_training(monkeypatch, output, *options, stop_after=None):
@@ -113,41 +122,43 @@ def run_training(monkeypatch, output, *options, stop_after=None):
             train.main()
 
 
-def test_training_resumes_to_the_same_weights(monkeypatch, tmp_path):
-    run_training(monkeypatch, tmp_path / "whole")
-    run_training(monkeypatch, tmp_path / "parts", stop_after=3)
-    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 2
-    run_training(monkeypatch, tmp_path / "parts")
-    whole, parts = (diffseg.DiffSegPipeline.from_pretrained(tmp_path / each / "model") for each in ("whole", "parts"))
-    for (name, one), other in zip(whole.unet.named_parameters(), parts.unet.parameters(), strict=True):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Where a training wrote that nothing interrupted."""
+    output = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        run_training(patch, output)
+    return output
+
+
+def test_training_resumes_to_the_same_weights(whole, monkeypatch, tmp_path):
+    run_training(monkeypatch, tmp_path, stop_after=3)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+    run_training(monkeypatch, tmp_path)
+    for (name, one), other in zip(trained(whole).named_parameters(), trained(tmp_path).parameters(), strict=True):
         assert torch.equal(one, other), name
-    labels = whole(np.zeros((64, 64, 3), np.uint8)).labels[0]
+
+
+def test_what_training_writes_segments(whole):
+    labels = diffseg.DiffSegPipeline.from_pretrained(whole / "model")(np.zeros((64, 64, 3), np.uint8)).labels[0]
     assert labels.shape == (64, 64)
 
 
-def test_training_leaves_its_schedule_and_goes_on(monkeypatch, tmp_path):
-    run_training(monkeypatch, tmp_path / "whole")
-    run_training(monkeypatch, tmp_path / "parts", "--stop", "3")
-    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 3
-    early = diffseg.DiffSegPipeline.from_pretrained(tmp_path / "parts" / "model").unet.state_dict()
-    run_training(monkeypatch, tmp_path / "parts")
-    whole, parts = (
-        diffseg.DiffSegPipeline.from_pretrained(tmp_path / each / "model").unet.state_dict()
-        for each in ("whole", "parts")
-    )
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert any(not torch.equal(whole[name], early[name]) for name in whole)
+def test_training_leaves_its_schedule_and_goes_on(whole, monkeypatch, tmp_path):
+    run_training(monkeypatch, tmp_path, "--stop", "3")
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
+    early = trained(tmp_path).state_dict()
+    run_training(monkeypatch, tmp_path)
+    expected, found = trained(whole).state_dict(), trained(tmp_path).state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert any(not torch.equal(expected[name], early[name]) for name in expected)
 
 
-def test_training_keeps_a_share_of_the_initial_weights(monkeypatch, tmp_path):
-    run_training(monkeypatch, tmp_path / "first", "--stop", "2")
-    initial = tmp_path / "first" / "model"
-    run_training(monkeypatch, tmp_path / "all", "--initial", str(initial))
-    run_training(monkeypatch, tmp_path / "part", "--initial", str(initial), "--keep", "0.75")
-    before, after, between = (
-        diffseg.DiffSegPipeline.from_pretrained(path).unet
-        for path in (initial, tmp_path / "all" / "model", tmp_path / "part" / "model")
-    )
+def test_training_keeps_a_share_of_the_initial_weights(whole, monkeypatch, tmp_path):
+    options = ["--initial", str(whole / "model"), "--stop", "2"]
+    run_training(monkeypatch, tmp_path / "all", *options)
+    run_training(monkeypatch, tmp_path / "part", *options, "--keep", "0.75")
+    before, after, between = map(trained, (whole, tmp_path / "all", tmp_path / "part"))
     assert "_name_or_path" not in json.loads((tmp_path / "all" / "model" / "unet" / "config.json").read_text())
     for name, weight in between.named_parameters():
         expected = 0.75 * before.get_parameter(name) + 0.25 * after.get_parameter(name)
