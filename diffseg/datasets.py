@@ -25,7 +25,7 @@ from .reference import Grid
 Labels = NDArray[np.int32]
 
 UNLABELLED = -1
-_OUTSIDE = -2  # what a label map gives for values that must not occur
+_OUTSIDE = -2  # the label of pixel values that must not occur
 
 COCO_STUFF_27: dict[str, Sequence[int]] = {
     "electronic": range(71, 77),
@@ -368,7 +368,7 @@ def _folder(root: Path, classes: int | None, unlabelled: int | None) -> tuple[li
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    """The images in ``folder`` in order of their names; other files count for nothing."""
+    """The images in ``folder`` by their names without suffix, in order; other files are ignored."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in SUFFIXES:
@@ -445,7 +445,7 @@ _ENDS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND\xaeB`\x82"}
 
 
 def _check_whole(path: Path) -> None:
-    """Reads a file's last bytes; an image that does not end as its format does is decoded, so that it raises."""
+    """Raises DatasetError for a damaged file: one that ends as its format does is whole, another is decoded to see."""
     ending = _ENDS.get(path.suffix.lower(), b"")
     with path.open("rb") as file:
         length = file.seek(0, 2)

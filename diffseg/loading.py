@@ -77,7 +77,7 @@ def _described(model: str | None, where: str) -> str:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The torch device of that name, None: the default; UsageError where it cannot hold a tensor with values."""
+    """The torch device of that name, or the default for None; UsageError where it can hold no tensor with values."""
     import torch
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")

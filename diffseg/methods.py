@@ -48,7 +48,7 @@ class Settings:
 
     @classmethod
     def of(cls, pipe: DiffSegPipeline, **changes: Any) -> Settings:
-        """The model's own, with ``changes``; a change to None is none."""
+        """The model's own settings, with ``changes``; None leaves a setting as it is."""
         own = {name: pipe.config[name] for name in ("threshold", "timestep", "weights")}
         values = {**own, **{name: value for name, value in changes.items() if value is not None}}
         if not isinstance(values["weights"], str):

@@ -79,7 +79,7 @@ def variation_of_information(table: Table) -> float:
 
 
 def rand_index(table: Table) -> float:
-    """Share of the pairs of pixels that both maps join or both part (probabilistic over truths: the mean)."""
+    """Share of the pairs of pixels that both maps join or both part (its mean over truths: the probabilistic one)."""
     pixels = int(table.sum())
     if pixels < 2:
         return float("nan")
@@ -98,12 +98,12 @@ def _pairs(sizes: Table) -> float:
 
 
 def entries(table: Table) -> list[list[int]]:
-    """[predicted label, true label, pixels] of what a table counts: all that it holds, as JSON can."""
+    """The cells of a table that are not 0, [predicted label, true label, pixels] each: all it holds, fit for JSON."""
     return [[int(row), int(column), int(table[row, column])] for row, column in np.argwhere(table)]
 
 
 def from_entries(entries: Sequence[Sequence[int]]) -> Table:
-    """The table of :func:`entries`, without the labels after the last that count something."""
+    """The table that :func:`entries` listed, without rows and columns of zeros at its end."""
     rows, columns, pixels = np.array(entries, np.int64).reshape(-1, 3).T
     table = np.zeros((rows.max(initial=-1) + 1, columns.max(initial=-1) + 1), np.int64)
     table[rows, columns] = pixels
@@ -140,7 +140,7 @@ class ClassCounts:
 
     @property
     def iou(self) -> NDArray[np.float64]:
-        """Of each class; NaN where it was neither there nor predicted."""
+        """Intersection over union of each class; NaN where it was neither there nor predicted."""
         unions = self.true_positives + self.false_positives + self.false_negatives
         return np.divide(self.true_positives, unions, out=np.full(self.classes, np.nan), where=unions > 0)
 

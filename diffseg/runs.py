@@ -64,7 +64,7 @@ def on_main(state: Any, plan: Callable[[], T]) -> T:
 
 @contextmanager
 def claimed(state: Any, folder: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Within it ``folder`` is the place of results under ``settings``, and no other run's."""
+    """Inside, ``folder`` is the place of results under ``settings``, and no other run can enter."""
     with ExitStack() as held:
         on_main(state, lambda: held.enter_context(_alone_in(folder)))
         on_main(state, lambda: claim(folder, settings))
@@ -157,7 +157,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def finished(folder: Path) -> dict[str, Result]:
-    """The results of the images that any process finished, by name; a line that a kill cut short is none."""
+    """The results of the images that any process finished, by name; a line that a kill cut short is left out."""
     results: dict[str, Result] = {}
     for path in sorted(folder.glob("images-*.jsonl")):
         with path.open("rb") as file:
@@ -226,7 +226,7 @@ def _load(dataset: Dataset, index: int) -> Sample:
 
 @contextmanager
 def _appending(path: Path) -> Iterator[Callable[[str, Result], None]]:
-    """Adds lines to a file, after its last whole one."""
+    """A function that adds a result to a file, after its last whole line."""
     with path.open("ab") as file:
         whole = path.read_bytes().rfind(b"\n") + 1
         file.truncate(whole)

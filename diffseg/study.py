@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _parsed(sweeps: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-    """Values of each parameter that is swept; none: the default ones."""
+    """The values of each parameter that is swept: those that its option names, else the default ones."""
     parsed = {}
     for sweep in sweeps:
         name, _, values = sweep.partition("=")
@@ -120,7 +120,7 @@ def _parsed(sweeps: Sequence[str]) -> dict[str, tuple[Any, ...]]:
 
 
 def _points(base: Settings, sweeps: dict[str, tuple[Any, ...]]) -> Iterator[Point]:
-    """Each value of each sweep, the base's among them, numbers in order."""
+    """A point for each value of each sweep and for the base's own value, numbers in ascending order."""
     for parameter, given in sweeps.items():
         own = getattr(base, parameter)
         if parameter == "threshold" and not given:
@@ -181,7 +181,7 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _plot(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """A panel a parameter, as in the paper's figure 10: accuracy and mIoU, the base marked by a line."""
+    """Draws a panel a parameter, as in the paper's figure 10: accuracy and mIoU, the base marked by a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -207,7 +207,7 @@ def _plot(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
 
 
 def _heads(pipe: Any, sample: Sample, base: Settings) -> dict[str, list[float]]:
-    """By the longer side of a layer's grid: mean divergence between heads, a layer each."""
+    """The mean divergence between the heads of each layer, listed by the longer side of its grid."""
     record = pipe.record(sample.image, timestep=base.timestep, processing_resolution=base.processing_resolution)
     found: dict[str, list[float]] = {}
     for query, key, grid, scale in zip(record.queries, record.keys, record.grids, record.scales, strict=True):
@@ -237,7 +237,7 @@ def head_divergence(query: Tensor, key: Tensor, scale: float) -> float:
 
 
 def _write_heads(folder: Path, results: Sequence[runs.Result]) -> None:
-    """The mean over images and layers by resolution, as a CSV file and on the terminal."""
+    """Writes the mean over images and layers by resolution into a CSV file, and prints it."""
     by_side: dict[int, list[float]] = {}
     for result in results:
         for side, values in result["heads"].items():

@@ -139,7 +139,7 @@ def test_results_of_other_settings_are_refused(folder, capsys):
     assert cli.main(["segment", "in", "--threshold", "0.5"]) == 0
 
 
-def test_what_a_killed_run_left_is_finished(folder, capsys):
+def test_what_a_killed_run_left_is_finished(folder):
     assert cli.main(["segment", "in"]) == 0
     expected = (folder / "segments" / "scene1_overlay.png").read_bytes()
     (folder / "segments" / "scene1_overlay.png").unlink()

@@ -6,28 +6,19 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from contract import SIDES, golden
 from numpy.typing import NDArray
 from torch import Tensor
 
 from diffseg.compat import DiffSeg
 from diffseg.metrics import matched_accuracy
 
-DATA = Path(__file__).parent / "data"
-SIDES = (64, 32, 16, 8)
-CASES = (1, 2, 3)
 Array = NDArray[Any]
-
-
-@cache
-def golden(case: int) -> dict[str, Array]:
-    with np.load(DATA / f"case{case}.npz") as arrays:
-        return dict(arrays)
 
 
 @cache

@@ -42,6 +42,7 @@ def cityscapes(tmp_path):
         write_image(tmp_path / "leftImg8bit" / "val" / city / f"{name}_leftImg8bit.png", 32, 64)
         labels = np.tile(np.arange(32), (32, 2))
         labels[0] = 33
+        labels[2] = 255  # a licence plate
         write_labels(tmp_path / "gtFine" / "val" / city / f"{name}_gtFine_labelIds.png", labels)
         write_labels(tmp_path / "gtFine" / "val" / city / f"{name}_gtFine_instanceIds.png", labels)
     return tmp_path
@@ -73,16 +74,39 @@ def check(dataset):
     datasets.check(dataset.problems(), len(dataset))
 
 
-def test_the_coarse_labels_divide_the_fine():
-    fine = [value for values in datasets.COCO_STUFF_27.values() for value in values]
-    assert sorted(fine) == list(range(182))
-    assert len(datasets.COCO_STUFF_27) == 27
+THINGS = {9: 1, 11: 8, 8: 6, 7: 10, 6: 8, 10: 10, 5: 8, 2: 10, 3: 10, 0: 6, 1: 6, 4: 8}
+"""How many values, from 0 on, have each coarse label, as IIC and STEGO number them."""
+
+STUFF = """
+    17 17 22 20 20 22 15 25 16 13 12 12 17 17 23 15 15 17 15 21 15 25 13 13 13 13 13 22 26 14 14 15 22 21 21 24 20 22 15
+    17 16 15 22 24 21 17 25 16 21 17 22 16 21 21 25 21 26 21 24 20 17 14 21 26 15 23 20 21 24 15 24 22 25 15 20 17 17 22
+    14 18 18 18 18 18 18 18 26 26 19 19 24
+"""
+"""The coarse labels of the values after those."""
+
+
+def test_coarse_labels_are_numbered_as_in_the_literature():
+    mapping = datasets._coco_stuff_mapping()[:182].tolist()
+    things = [coarse for coarse, count in THINGS.items() for _ in range(count)]
+    assert mapping == [*things, *map(int, STUFF.split())]
     names = list(datasets.COCO_STUFF_27)
-    coarse = {value: names[index] for index, values in enumerate(datasets.COCO_STUFF_27.values()) for value in values}
     # pixel values of person, car, dog, pizza, grass, sky-other, wall-brick, sea, wood
     known = {0: "person", 2: "vehicle", 17: "animal", 58: "food (thing)", 123: "plant", 156: "sky", 170: "wall"}
-    assert {value: coarse[value] for value in known} == known
-    assert (coarse[154], coarse[181]) == ("water", "solid")
+    known |= {154: "water", 181: "solid"}
+    assert {value: names[mapping[value]] for value in known} == known
+
+
+@pytest.mark.parametrize(
+    ("height", "stuff", "unlabelled", "taken"),
+    [(360, 270, 90, True), (360, 269, 91, False), (360, 269, 0, False), (359, 359, 0, False)],
+)
+def test_iics_rule(coco, height, stuff, unlabelled, taken):
+    """Sides of at least 360, three quarters of all pixels stuff, the unlabelled ones counted: by rows of a map."""
+    labels = np.zeros((height, 400))
+    labels[:stuff] = 91
+    labels[stuff : stuff + unlabelled] = 255
+    write_labels(coco / "annotation_val2017" / "000000000001.png", labels)
+    assert ("000000000001" in [item.name for item in open_dataset("coco-stuff", coco).items]) == taken
 
 
 def test_coco_stuff(coco):
@@ -135,6 +159,7 @@ def test_cityscapes(cityscapes):
     assert set(truth[0]) == {26}  # id 33
     # the crop takes columns 16 to 47: ids 16 to 31, then 0 to 15, of which 0 to 6 are void
     assert list(truth[1]) == [*range(9, 25), *[-1] * 7, *range(9)]
+    assert set(truth[2]) == {-1}
 
 
 def test_bsds500(bsds):
@@ -234,15 +259,16 @@ def test_an_image_that_cannot_be_read_is_named(folder):
         open_dataset("folder", folder).load(0)
 
 
-def test_crop_and_resize(folder):
-    dataset = open_dataset("folder", folder, resolution=20)
-    whole = open_dataset("folder", folder).load(0)
-    sample = dataset.load(0)
-    square = from_numpy(whole.image[:, 8:56].astype(np.float32)).permute(2, 0, 1)[None]
+@pytest.mark.parametrize(("shape", "middle"), [((48, 64), np.s_[:, 8:56]), ((64, 48), np.s_[8:56])])
+def test_crop_and_resize(folder, shape, middle):
+    write_image(folder / "images" / "a.png", *shape)
+    write_labels(folder / "masks" / "a.png", RNG.integers(0, 5, shape))
+    whole, sample = (open_dataset("folder", folder, resolution=side).load(0) for side in (None, 20))
+    square = from_numpy(whole.image[middle].astype(np.float32)).permute(2, 0, 1)[None]
     expected = F.interpolate(square, (20, 20), mode="bilinear", align_corners=False)[0].permute(1, 2, 0).numpy()
     assert np.abs(sample.image - expected).max() <= 0.5001
     centres = ((np.arange(20) + 0.5) * 48 / 20).astype(int)  # half-pixel centres, as TensorFlow's nearest
-    assert np.array_equal(sample.truths[0], whole.truths[0][:, 8:56][centres][:, centres])
+    assert np.array_equal(sample.truths[0], whole.truths[0][middle][centres][:, centres])
 
 
 @pytest.mark.parametrize("kind", datasets.KINDS)

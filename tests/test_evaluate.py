@@ -5,6 +5,7 @@ import csv
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 import diffseg
-from diffseg import backends, cli, datasets, evaluate, metrics, runs, study
+from diffseg import backends, cli, datasets, evaluate, metrics, runs, study, visualize
 from diffseg.methods import TITLES, Settings
 from diffseg.tiny.scenes import REPORT_SEEDS, scene
 
@@ -56,7 +57,7 @@ def lines(output):
     ]
 
 
-def test_every_method(whole, capsys):
+def test_every_method(whole):
     found = results(whole)
     assert found["images"] == 3
     assert list(found["methods"]) == list(TITLES)
@@ -71,7 +72,7 @@ def test_every_method(whole, capsys):
     assert "root" not in found["settings"]
 
 
-def test_figures_are_those_of_the_pipeline(scenes, whole):
+def test_figures_are_those_of_the_pipeline(whole):
     pipe = diffseg.DiffSegPipeline.from_pretrained(diffseg.tiny.MODEL)
     pipe.set_progress_bar_config(disable=True)
     scores = metrics.RegionScores()
@@ -83,7 +84,7 @@ def test_figures_are_those_of_the_pipeline(scenes, whole):
     assert scores.figures() == pytest.approx({name: stored[name] for name in scores.figures()}, abs=1e-9)
 
 
-def test_table_has_every_figure(whole):
+def test_table_has_every_figure():
     rows = list(evaluate.table({"DiffSeg": {"accuracy": 0.5, "miou": 0.25}}))
     assert rows == ["| method | pixel accuracy | mIoU |", "| --- | --- | --- |", "| DiffSeg | 0.500 | 0.250 |"]
 
@@ -221,7 +222,7 @@ def test_a_missing_package_is_named_at_the_start(scenes, tmp_path, capsys, monke
     assert f"{package} not installed: pip install -e '.[evaluate]' in a checkout" in capsys.readouterr().err
 
 
-def test_bad_files_are_listed_before_any_work(scenes, tmp_path, capsys, monkeypatch):
+def test_bad_files_are_listed_before_any_work(scenes, tmp_path, capsys):
     root = tmp_path / "bad"
     shutil.copytree(scenes, root)
     (root / "masks" / "scene4.png").unlink()
@@ -268,6 +269,27 @@ def test_best_median_and_worst_are_distinct():
         assert chosen[0] == 0
         assert chosen[-1] == count - 1
         assert len(chosen) == min(count, 9 if count >= 9 else 3)
+
+
+def test_typical_segments_are_the_mean(scenes):
+    dataset = datasets.open_dataset("folder", scenes)
+    last = replace(dataset, items=dataset.items[2:])
+    regions = [int(scene(seed)[1].max()) + 1 for seed in REPORT_SEEDS[2:SCENES]]
+    assert evaluate.typical_segments(last) == round(np.mean(regions)) < max(regions)
+
+
+def test_the_sheet_begins_with_the_best(scenes, monkeypatch):
+    dataset = datasets.open_dataset("folder", scenes).first(3)
+
+    def predict(sample):
+        return {"diffseg": sample.truths[0] * (sample.name == "scene1")}
+
+    samples = [dataset.load(index) for index in range(3)]
+    found = {sample.name: evaluate.tables(predict(sample), sample.truths) for sample in samples}
+    monkeypatch.setattr(visualize, "sheet", lambda rows, _: [caption for caption, _ in rows])
+    captions = evaluate._sheet(dataset, found, "diffseg", predict)
+    assert [caption.partition(":")[0] for caption in captions] == ["best", "median", "worst"]
+    assert captions[0] == "best: scene1, accuracy 1.000"
 
 
 def test_aligned_predictions_bear_the_truths_numbers():
@@ -317,7 +339,7 @@ def test_study(scenes, tmp_path, monkeypatch):
     assert sweep(scenes, tmp_path, "--sweep", "rule") == 2  # other points
 
 
-def test_study_agrees_with_evaluate(scenes, whole, tmp_path):
+def test_study_agrees_with_evaluate(scenes, tmp_path):
     assert run(scenes, tmp_path / "evaluated", "--limit", "2", "--methods", "diffseg,diffseg-official") == 0
     assert sweep(scenes, tmp_path / "studied", "--sweep", "rule=official") == 0
     rows = {row["value"]: row for row in csv.DictReader((tmp_path / "studied" / "study.csv").open())}

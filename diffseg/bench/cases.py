@@ -33,12 +33,12 @@ T = TypeVar("T")
 
 
 class Unavailable(Exception):  # noqa: N818  (no error: a row that is not for this machine)
-    """An input that cannot be had here; says why."""
+    """A row's input cannot be had on this machine; the message says why."""
 
 
 @dataclass
 class Case:
-    """Self-attention of the layers of one forward pass that have a share in A_f, and how to merge it."""
+    """Self-attention of one forward pass, of the layers that have a share in A_f, and how A_f is merged."""
 
     name: str
     queries: list[Tensor]  # [B, heads, n, d] each
@@ -170,7 +170,7 @@ def sd14(size: Grid, batch: int, device: torch.device, dtype: torch.dtype) -> Ca
 
 
 def side_of(pixels: int, layer: Layer) -> int:
-    """The side of ``layer`` of SD 1.4 for an image side of ``pixels`` in place of 512."""
+    """The side of the grid of ``layer`` of SD 1.4, where the image's side is ``pixels`` instead of 512."""
     return max(1, math.ceil(pixels * layer.grid[0] / 512))
 
 
@@ -222,7 +222,7 @@ def _logsumexp(query: Tensor, key: Tensor) -> Tensor:
 
 
 def noise(grid: Grid, batch: int, device: torch.device, seed: int = 0) -> tuple[Tensor, float]:
-    """Maps of uniform noise [B, N, N], and the threshold: the worst case of merging."""
+    """Maps of uniform noise [B, N, N] and a threshold at which none of them merge: the worst case of merging."""
     cells = grid[0] * grid[1]
     generator = torch.Generator(device).manual_seed(seed)
     maps = torch.rand(batch, cells, cells, generator=generator, device=device)

@@ -21,7 +21,7 @@ _SECONDS = 0.3  # of measuring each ceiling
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a figure must be read with: processor, instruction set, threads, versions, GPU."""
+    """What figures depend on: processor, instruction set, threads, versions, GPU, load."""
     found: dict[str, Any] = {
         "processor": _processor(),
         "isa": _isa(),
@@ -47,7 +47,7 @@ def machine_line(found: dict[str, Any]) -> str:
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the cache before the memory."""
+    """Bytes of the largest cache, the last before the memory."""
     if device.type == "cuda":
         size: int = torch.cuda.get_device_properties(device).L2_cache_size
         return size
@@ -85,7 +85,7 @@ def _product(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _most(steps: Callable[[int], float]) -> float:
-    """The most steps a second on all threads, each as fast as one alone, of calls that take a millisecond or so."""
+    """Steps a second of all threads if each were as fast as one alone, from the fastest of calls of about 1 ms."""
     rounds, best, end = 1024, 0.0, time.perf_counter() + _SECONDS
     while time.perf_counter() < end:
         begin = time.perf_counter()
@@ -108,7 +108,7 @@ def _exponentials() -> float:
 
 
 def _exponentials_of_registers(device: torch.device) -> float:
-    """Of values that stay in registers: an elementwise exp would measure the memory. Unlimited without Triton."""
+    """Exponentials a second of values in registers, since torch's exp would measure the memory; inf without Triton."""
     try:
         from ..kernels.exponentials import count, run
     except ImportError:
@@ -118,7 +118,7 @@ def _exponentials_of_registers(device: torch.device) -> float:
 
 
 def _fastest(run: Callable[[], Tensor | None], device: torch.device) -> float:
-    """Seconds of the fastest call: a ceiling is what was reached once."""
+    """Seconds of the fastest call: what was reached once is possible."""
     run()
     best, end = float("inf"), time.perf_counter() + _SECONDS
     while time.perf_counter() < end:
@@ -154,7 +154,7 @@ def _isa() -> str:
 
 
 def _bytes(text: str) -> int:
-    """``"32768K"`` as a number."""
+    """The bytes of a size as Linux writes it: ``"32768K"``."""
     text = text.strip()
     factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
     return int(text.rstrip("KMG")) * factor

@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """Raises UsageError, naming the option."""
+    """What the options ask for; raises UsageError, naming the option that is wrong."""
     unknown = [stage for stage in options.stages if stage not in STAGES]
     if unknown:
         raise UsageError(f"STAGE: expected some of {', '.join(STAGES)}, got {unknown[0]!r}")
@@ -184,7 +184,7 @@ def _show(record: Record) -> None:
 
 
 def parse(text: str) -> Settings:
-    """Settings from options as one would type them."""
+    """Settings from a text of options, as one would type them after ``diffseg bench``."""
     parser = argparse.ArgumentParser(prog="diffseg bench")
     add_arguments(parser)
     options: Any = parser.parse_args(shlex.split(text))

@@ -99,7 +99,7 @@ def _check_machines(first: Path, second: Path, one: Record, other: Record) -> No
 
 
 def _ratios(contents: Record) -> Iterator[tuple[Key, Record | None]]:
-    """By row and contender, or peer. A row that has had one pass, in a run that was interrupted, has no bounds."""
+    """Each ratio by its row and contender, or peer, but those without bounds: of rows that had only one pass."""
     for record in contents["rows"]:
         if record["state"] != "measured":
             continue

@@ -29,7 +29,7 @@ class Layer(NamedTuple):
 
 
 def unet_layers(levels: Iterable[tuple[int, int, int, int]]) -> list[Layer]:
-    """Layers of levels (number of layers, side of the grid, heads, channels a head)."""
+    """The layers of a UNet from its levels, each (number of layers, side of the grid, heads, channels a head)."""
     return [Layer((side, side), heads, channels) for count, side, heads, channels in levels for _ in range(count)]
 
 
@@ -101,7 +101,7 @@ def aggregate(
 def aggregate_maps(
     layers: Sequence[Layer], *, element: int = 4, batch: int = 1, storage: int = 4, grid: Grid | None = None
 ) -> Work:
-    """A_f from maps [heads, n, n] of ``element`` bytes: bytes alone count."""
+    """A_f from maps [heads, n, n] of ``element`` bytes: only the memory limits it."""
     read = sum(layer.heads * layer.cells**2 * element for layer in layers)
     return Work(bytes=read + attention_bytes(layers, storage, grid)) * batch
 

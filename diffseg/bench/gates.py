@@ -45,7 +45,7 @@ def _made_when_asked(make: Callable[P, Gate]) -> Callable[P, Gate]:
 
 @_made_when_asked
 def attention_gate(case: Case, maps: Sequence[Tensor] | None = None) -> Gate:
-    """A_f: every row sums to 1, and some rows, drawn anew each time, equal the oracle's."""
+    """Checks A_f: every row sums to 1, and some rows, drawn anew each time, equal the oracle's."""
     ratios = ops.resolve_weights(case.weights, case.grids)
     cells = math.prod(case.grid)
     items = _items(case.batch)
@@ -69,7 +69,7 @@ def attention_gate(case: Case, maps: Sequence[Tensor] | None = None) -> Gate:
 
 @_made_when_asked
 def entries_gate(compute: Callable[[], Tensor]) -> Gate:
-    """Every entry as in a computed tensor, float64."""
+    """Checks every entry against the tensor that ``compute`` returns, float64."""
     expected = compute()
 
     def gate(found: Tensor) -> None:
@@ -104,7 +104,7 @@ def _oracle_rows(case: Case, maps: Sequence[Tensor] | None, ratios: Sequence[flo
 
 @_made_when_asked
 def first_round_gate(attention: Tensor, anchors: Sequence[int], threshold: float) -> Gate:
-    """Means over the maps within ``threshold``.
+    """Checks the means of round 1, each over the maps within ``threshold`` of an anchor.
 
     A pair inside the band of the contract may go either way: it moves a mean by no more than its share of the group.
     """
@@ -144,7 +144,7 @@ def _near(maps: Tensor, anchors: Sequence[int], threshold: float) -> tuple[Tenso
 
 
 def divergences(first: Tensor, second: Tensor) -> Tensor:
-    """D: [P, N], [F, N] -> [P, F]."""
+    """Symmetric KL divergence of all pairs, written down anew: [P, N], [F, N] -> [P, F]."""
     first, second = (maps.clamp_min(reference.SMALLEST_PROBABILITY) for maps in (first, second))
     log_first, log_second = first.log(), second.log()
     entropies = (first * log_first).sum(-1)[:, None] + (second * log_second).sum(-1)
@@ -155,7 +155,7 @@ def divergences(first: Tensor, second: Tensor) -> Tensor:
 def merge_gate(
     attention: Tensor, grid: Grid, size: Grid, anchors: Sequence[int], thresholds: Sequence[float], rule: Any
 ) -> Gate:
-    """Proposals whose labels are those of the oracle's proposals."""
+    """Checks that proposals give the labels that the oracle's proposals give."""
     items = _items(len(attention))
     some = attention[items].double()
     maps, counts = reference.merge(some, grid, anchors, thresholds, rule)
@@ -172,7 +172,7 @@ def merge_gate(
 
 @_made_when_asked
 def label_gate(proposals: ops.Proposals, size: Grid) -> Gate:
-    """Winners: the oracle's but where the two best are within the margin."""
+    """Checks that each pixel went to the largest proposal there, or to one within the margin of it."""
     items = _items(len(proposals.maps))
 
     def gate(found: Tensor) -> None:
@@ -195,7 +195,7 @@ def label_gate(proposals: ops.Proposals, size: Grid) -> Gate:
 
 @_made_when_asked
 def labels_gate(compute: Callable[[], Tensor]) -> Gate:
-    """Label maps that agree with computed ones under the best renaming."""
+    """Checks that label maps agree with those that ``compute`` returns, whatever the numbers of the labels."""
     expected = compute()
     items = _items(len(expected))
 
@@ -218,7 +218,7 @@ def _check_agreement(found: Tensor, expected: Tensor, items: Sequence[int]) -> N
 
 
 def agreement(found: Tensor, expected: Tensor) -> float:
-    """Share of equal pixels after renaming labels one to one, the largest overlaps first: never more than the best."""
+    """Share of equal pixels after labels are renamed one to one, largest overlap first: a lower bound."""
     columns = int(expected.max()) + 1
     pairs, pixels = (found.flatten().long() * columns + expected.flatten()).unique(return_counts=True)
     rows_taken, columns_taken, total = set(), set(), 0

@@ -80,7 +80,7 @@ def _start(
 def _measure(
     results: Connection, settings: Settings, timer: Timer, tasks: Sequence[Task], number: int, threads: int
 ) -> None:
-    """The other process."""
+    """What the process of a pass does: measures the tasks and sends each outcome."""
     torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves contexts: they hold folders and processes
     with Suite(settings) as suite, torch.no_grad():
@@ -90,7 +90,7 @@ def _measure(
 
 
 def measure(suite: Suite, timer: Timer, task: Task, number: int) -> Outcome:
-    """One pass over one row."""
+    """Measures one row in one pass."""
     start = time.perf_counter()
     try:
         plan = suite.plan(task.row)

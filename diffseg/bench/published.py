@@ -19,7 +19,7 @@ _WORKER = Path(__file__).with_name("published_worker.py")
 
 
 class Measured(NamedTuple):
-    """One run in the other process."""
+    """What one run of the published code took and gave."""
 
     seconds: float
     memory: int
@@ -53,7 +53,7 @@ class Published:
             raise RuntimeError(self._last_words())
 
     def __call__(self, _: Any = None) -> Measured:
-        """Runs it once."""
+        """Runs the published code once on the maps of the case."""
         assert self._process.stdin is not None
         self._process.stdin.write("run\n")
         line = self._line()

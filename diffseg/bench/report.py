@@ -11,7 +11,7 @@ _COLUMNS = ("", "first call", "median", "p20 to p80", "times faster", "another r
 
 
 def seconds(value: float | None) -> str:
-    """Three digits and a unit."""
+    """A time in three digits and a unit; nothing for None."""
     if value is None:
         return ""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
@@ -35,7 +35,7 @@ def factor(value: float | None) -> str:
 
 
 def bounds(found: Record | None) -> str:
-    """Between which another run finds a ratio; nothing after one pass."""
+    """The bounds between which another run finds a ratio; nothing after one pass, which gives none."""
     if found is None or found["low"] is None:
         return ""
     return f"{factor(found['low'])} to {factor(found['high'])}"
@@ -106,7 +106,7 @@ def _cells(entry: Record, record: Record) -> tuple[str, ...]:
 
 
 def aligned(table: Iterable[tuple[str, ...]]) -> list[str]:
-    """The first column to the left, the others to the right."""
+    """The lines of a table: its first column is aligned to the left, the others to the right."""
     rows = list(table)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [

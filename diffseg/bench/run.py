@@ -104,7 +104,7 @@ def run_rows(
 def _first_pass(
     settings: Settings, timer: Timer, limits: Ceilings, journal: Journal, finish: Callable[[int], None]
 ) -> list[passes.Task]:
-    """The pass that checks, in this process; what there is to repeat."""
+    """The first pass, which checks the results, in this process; returns what later passes repeat."""
     todo = []
     with Suite(settings) as suite:
         for index, row in enumerate(rows_of(settings)):
@@ -120,7 +120,7 @@ def _first_pass(
 
 
 def run_row(suite: Suite, row: Row, timer: Timer, limits: Ceilings) -> Record:
-    """Gates, then times, the contenders of a row: its first pass."""
+    """Checks the contenders of a row, then times them: its first pass."""
     start = time.perf_counter()
     record: Record = {
         "name": str(row), "stage": row.stage, "case": row.case, "size": list(row.size), "grid": list(row.grid),
@@ -198,7 +198,7 @@ def add_pass(record: Record, outcome: passes.Outcome, number: int) -> None:
 
 
 def summarise(record: Record) -> None:
-    """Fills in what follows from the samples of a measured row."""
+    """Fills in the figures that follow from the samples of a measured row."""
     entries = record["contenders"]
     for entry in entries:
         samples = [each for one_pass in entry["samples"] for each in one_pass]
@@ -222,7 +222,7 @@ def summarise(record: Record) -> None:
 
 
 def _order(entry: Record) -> tuple[bool, float]:
-    """The fastest first; differences that came out below 0 last."""
+    """Sorts entries, the fastest first; differences that came out below 0 last."""
     median = entry["seconds"]["median"]
     return median <= 0, median
 
@@ -233,7 +233,7 @@ def _ratio(fast: Record, slow: Record) -> Record | None:
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinity, which JSON lacks, as null."""
+    """``value`` with NaN and infinity, which JSON lacks, replaced by None."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -242,6 +242,6 @@ def _finite(value: Any) -> Any:
 
 
 def _progress(text: str) -> None:
-    """What is being measured, on a terminal: a line that the next one replaces."""
+    """Shows what is being measured, on a terminal, as a line that the next one replaces."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

@@ -38,7 +38,7 @@ class Ratio(NamedTuple):
 
 
 def percentile(samples: Sequence[float], share: float) -> float:
-    """Linear between samples."""
+    """The percentile ``share`` of the samples, linear between two of them."""
     ordered = sorted(samples)
     position = (len(ordered) - 1) * share / 100
     low = math.floor(position)
@@ -79,19 +79,22 @@ def _error_of_a_pass(passes: Sequence[Sequence[float]]) -> float:
 
 
 def _half_width(deviation: float, passes: int) -> float:
-    """Of the prediction interval of the median of as many passes, for passes that scatter normally."""
+    """Half the width of the interval that predicts another run's median of as many passes, if they scatter normally."""
     quantile = student_quantile((1 + LEVEL) / 2, passes - 1)
     return quantile * deviation * math.sqrt(2 * _median_factor(passes) / passes)
 
 
 def _median_factor(count: int) -> float:
-    """Variance of a median over that of a mean, for normal samples: 1 for few, towards pi / 2 for many."""
+    """Variance of a median over that of a mean, for normal samples: 1 for one, towards pi / 2 for many.
+
+    It holds for odd counts; medians of even counts scatter less, by a fifth for 2 and a tenth for 6.
+    """
     return count * math.pi / (2 * count + math.pi - 2)
 
 
 @cache
 def student_quantile(share: float, freedom: int) -> float:
-    """Of Student's t distribution with ``freedom`` degrees of freedom, for shares above a half."""
+    """The t below which ``share``, above a half, of Student's distribution lies, of ``freedom`` degrees of freedom."""
     low, high = 0.0, 1.0
     while _student_share(high, freedom) < share:
         low, high = high, 2 * high

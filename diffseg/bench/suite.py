@@ -38,7 +38,7 @@ class Suite:
         self._held.close()
 
     def plan(self, row: Row) -> Plan:
-        """Makes inputs and contenders, which may take longer than timing them. Raises Unavailable."""
+        """Makes the row's inputs and contenders, which may take longer than timing them. Raises Unavailable."""
         needed, free = memory_needed(row), memory.available(self.device)
         if needed > free:
             raise Unavailable(f"it needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
@@ -86,7 +86,7 @@ class Suite:
     def _with_reference(
         self, op: str, dtype: torch.dtype, run: Callable[[Any, str], Any], check: Any
     ) -> list[Contender]:
-        """The backends, and the reference as their baseline."""
+        """The backends that can run ``op``, and the reference as their baseline."""
         baseline = Contender("eager", "baseline", partial(_with, run, "reference"), check)
         return [*self._subjects(op, dtype, run, check), baseline]
 
@@ -156,7 +156,7 @@ class Suite:
         return case.attention, case.threshold
 
     def _merging(self, row: Row, iterations: int, rule: ops.Rule = "paper") -> Any:
-        """The ways to merge: (A_f, backend or walk) -> Proposals, and what they share."""
+        """A_f, threshold, anchors, and two ways to merge: by (A_f, backend) and eagerly by (A_f, walk) -> Proposals."""
         attention, threshold = self._attention(row)
         anchors = ops.anchor_indices(row.grid, row.anchors)
         thresholds = [threshold] * iterations
@@ -422,7 +422,7 @@ def _with(run: Callable[[Any, str], Any], way: str, given: Any) -> Any:
 
 
 def memory_needed(row: Row) -> float:
-    """Bytes, about: A_f of the batch thrice, and the float64 oracle's matrices of one image."""
+    """About how many bytes a row takes: A_f of the batch three times, and the float64 oracle's of one image."""
     if row.stage in ("call", *NETWORK_STAGES):
         return 0.0
     heads = {"golden": 2, "bundled": 10, "sd14": 40}.get(row.case, 2)

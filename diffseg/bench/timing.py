@@ -56,7 +56,7 @@ class Timed:
 
 
 class Timer:
-    """Calls on one device: first calls, memory, samples."""
+    """Measures calls on one device: the first of a contender, its memory, and the samples of a pass."""
 
     def __init__(self, device: torch.device, seconds: float, passes: int = 1) -> None:
         self.device, self.passes = device, passes
@@ -81,7 +81,7 @@ class Timer:
         return Timed(contender, "events" if self.device.type == "cuda" else "wall", seconds, memory), result
 
     def size_up(self, timed: Sequence[Timed], inputs: Sequence[Any]) -> None:
-        """Fills in memory and the seconds of a call: of a second one, if that tells more than a long first."""
+        """Fills in memory and seconds of a call, from a second call unless the first was long and tells as much."""
         for each in timed:
             if each.contender.elsewhere or (each.cold > _LONG and not self._compiles(each.contender)):
                 each.seconds = each.cold
@@ -92,7 +92,7 @@ class Timer:
             each.seconds = spent if spent > 10 * SHORTEST_SAMPLE else self._call_seconds(each.contender, inputs)
 
     def warm_up(self, timed: Sequence[Timed], inputs: Sequence[Any]) -> None:
-        """One call of each contender to whose samples it matters, in a process that has made none."""
+        """Calls once, in a fresh process, each contender whose samples would else hold its first call's costs."""
         for each in timed:
             if each.seconds < _WARMED or self._compiles(each.contender):
                 each.contender.run(inputs[0])
@@ -124,14 +124,14 @@ class Timer:
         return [each for each, *_ in plans]
 
     def _rounds(self, plans: Sequence[tuple[Timed, Any, int]]) -> int:
-        """Of one pass."""
+        """How many rounds one pass takes."""
         longest = max(each.seconds * repeats for each, _, repeats in plans)
         fewest = _FEWEST_ROUNDS if longest <= _LONG else _FEWEST_LONG if longest <= _VERY_LONG else _FEWEST_VERY_LONG
         wanted = min(_MOST_ROUNDS, max(fewest, int(self.seconds / longest)))
         return math.ceil(wanted / self.passes)
 
     def _call_seconds(self, contender: Contender, inputs: Sequence[Any]) -> float:
-        """Of calls on end, more and more until they take as long as half a sample."""
+        """The seconds of a call, from calls in a row, more and more until they take half as long as a sample."""
         repeats = 1
         while True:
             seconds = elapsed(contender.run, [inputs[i % len(inputs)] for i in range(repeats)], self.device)
@@ -153,7 +153,7 @@ class Timer:
         return sample
 
     def _recorded(self, timed: Timed, inputs: Sequence[Any]) -> tuple[Timed, Callable[[int, int], float]]:
-        """A twin whose samples are replays of graphs, one an input. Raises RuntimeError where it cannot be recorded."""
+        """A twin that replays recorded graphs, one an input. Raises RuntimeError where it cannot be recorded."""
         contender = timed.contender
         graphs, pool = [], torch.cuda.graph_pool_handle()
         for given in inputs:

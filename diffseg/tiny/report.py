@@ -68,7 +68,7 @@ def report(pipe: DiffSegPipeline, count: int) -> dict[str, dict[str, float]]:
 
 
 def write(model: Path, **options: Any) -> None:
-    """Makes ``options`` the model's own."""
+    """Writes ``options`` into the model's configuration, as its own."""
     path = model / DiffSegPipeline.config_name
     config = {**json.loads(path.read_text()), **options}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

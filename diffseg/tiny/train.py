@@ -126,7 +126,7 @@ class Training:
         self.step, self.loss = state["step"], state["loss"]
 
     def save(self, path: Path) -> None:
-        """The file is whole at any time."""
+        """Writes a checkpoint; a file that is there is replaced at once."""
         state = {"settings": self.settings, "step": self.step, "loss": self.loss}
         temporary = path.with_suffix(".tmp")
         torch.save({**state, **{name: getattr(self, name).state_dict() for name in _PARTS}}, temporary)
