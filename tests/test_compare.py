@@ -48,6 +48,15 @@ def compared(*files: str) -> int:
     return cli.main(["bench", "--compare", *files])
 
 
+def test_a_row_says_how_many_times_faster() -> None:
+    record = measured(ROW, ONES, [[2.0, 2.0]] * 3, [[5.0, 5.0]] * 3)
+    assert record["baseline"] == "eager"
+    assert [each["times_faster"]["median"] for each in record["contenders"]] == pytest.approx([2, 1, 0.4])
+    assert [each["images_per_second"] for each in record["contenders"]] == [1, 0.5, 0.2]
+    ((subject, peer, faster),) = (each.values() for each in record["against_peers"])
+    assert (subject, peer, faster["median"]) == ("cpu", "sdpa", pytest.approx(5))
+
+
 def test_runs_that_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = [[1.02 * each for each in one] for one in NEAR]
     files = [
