@@ -43,14 +43,14 @@ def kmeans_attention(attention: Tensor, grid: Grid, clusters: int, size: Grid, *
     return labels
 
 
-def kmeans_colour(image: NDArray[np.uint8], clusters: int, *, position: float = 0.5, seed: int = SEED) -> Labels:
+def kmeans_colour(image: NDArray[np.uint8], clusters: int, *, seed: int = SEED) -> Labels:
     """k-means on colour and position; labels int32 [H, W] of an RGB image [H, W, 3].
 
-    Colours lie in [0, 1]; ``position`` is the weight of the coordinates, which lie in [0, 1] too.
+    Colours and coordinates lie in [0, 1]; coordinates weigh half as much.
     """
     height, width, _ = image.shape
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
-    features = np.dstack([image / 255, position * y, position * x]).reshape(-1, 5)
+    features = np.dstack([image / 255, y / 2, x / 2]).reshape(-1, 5)
     return _kmeans(features, clusters, seed).reshape(height, width)
 
 

@@ -53,9 +53,9 @@ def contents(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def thin(size: int = 128, batch: int = 1) -> cases.Case:
+def thin(batch: int = 1) -> cases.Case:
     with Suite(Settings()) as made:
-        return made.case(Row("merge", "thin", (size, size), batch))
+        return made.case(Row("merge", "thin", (128, 128), batch))
 
 
 def test_a_run_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -363,6 +363,12 @@ def test_long_calls_get_fewer_rounds(seconds: float, expected: int) -> None:
 def test_short_calls_are_repeated_after_calls_that_are_not_timed() -> None:
     assert len(raced({"a": 1e-3}, passes=3)) == 10 + 5
     assert raced({"a": 0.01, "b": 0.48}, passes=3) == ["a"] * (3 + 1) + ["b"]
+
+
+def test_samples_are_the_seconds_of_one_call() -> None:
+    timed = Timed(Contender("a", "subject", lambda _: time.sleep(1e-3)), seconds=1e-3)  # ten calls a sample
+    Timer(CPU, 0.0).race([timed], [None])
+    assert 1e-3 <= min(timed.samples) < 5e-3
 
 
 def test_fresh_processes_warm_short_calls_up() -> None:

@@ -43,7 +43,9 @@ def test_merge_of_stable_diffusion() -> None:
     assert f"{nothing_merges.exponentials / 1e6:.0f}" == "17"
     assert f"{(cost.first_round(CELLS, ANCHORS).flops - nothing_merges.flops) / 1e9:.0f}" == "9"
     assert cost.first_round(CELLS, ANCHORS, density=0.0, products=3).flops == 3 * nothing_merges.flops
-    assert nothing_merges.bytes >= 64 << 20
+    assert nothing_merges.bytes == 4 * CELLS * (CELLS + ANCHORS)
+    assert cost.first_round(CELLS, ANCHORS, density=0.0, batch=3) == nothing_merges * 3
+    assert cost.later_rounds(CELLS, ANCHORS, 2, batch=3) == cost.later_rounds(CELLS, ANCHORS, 1) * 6
     assert f"{cost.later_rounds(CELLS, ANCHORS, 2).flops / 2e9:.1f}" == "0.5"
 
 
@@ -63,9 +65,13 @@ def test_floors_of_two_cores() -> None:
 
 
 def test_maps_are_bytes_alone() -> None:
-    work = cost.aggregate_maps([Layer((4, 4), 2, 8), Layer((2, 2), 2, 8)], element=2)
-    assert work.bytes == 2 * (256 + 16) * 2 + 256 * 4
+    work = cost.aggregate_maps([Layer((4, 4), 2, 8), Layer((2, 2), 2, 8)])
+    assert work.bytes == 4 * (2 * (256 + 16) + 256)
     assert (work.flops, work.exponentials) == (0, 0)
+
+
+def test_label_by_hand() -> None:
+    assert cost.label(16, 3, (5, 8), batch=2) == cost.Work(bytes=2 * 4 * (3 * 16 + 40), flops=2 * 3 * 40 * 3)
 
 
 def test_a_floor_is_the_slowest_of_what_overlaps() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract import assert_layers_without_a_share_are_not_read
+from contract import assert_layers_without_a_share_are_not_read, assert_same_attention
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,11 +20,11 @@ STACKS = {  # (grid, depth) of each layer
 }
 
 
-def layers(stack: str, *, batch: int = 1, heads: int = 3, dtype: torch.dtype = torch.float32, sharpness: float = 3.0):
+def layers(stack: str, *, batch: int = 1, heads: int = 3, dtype: torch.dtype = torch.float32):
     generator = torch.Generator().manual_seed(5)
     draw = [torch.randn(2, batch, heads, h * w, d, generator=generator) for (h, w), d in STACKS[stack]]
     grids = [grid for grid, _ in STACKS[stack]]
-    return [(each[0] * sharpness).to(dtype) for each in draw], [each[1].to(dtype) for each in draw], grids
+    return [(3 * each[0]).to(dtype) for each in draw], [each[1].to(dtype) for each in draw], grids
 
 
 def scores(query: Tensor, key: Tensor) -> Tensor:
@@ -36,10 +36,6 @@ def oracle(queries, keys, grids, **options) -> Tensor:
     return diffseg.aggregate(*wide, grids=grids, dtype=torch.float64, backend="reference", **options)
 
 
-def assert_same_attention(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-9)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("stack", STACKS)
@@ -48,7 +44,6 @@ def test_aggregate(isa, stack, batch, dtype):
     expected = oracle(queries, keys, grids)
     found = diffseg.aggregate(queries, keys, grids=grids, backend="cpu")
     assert_same_attention(found, expected)
-    torch.testing.assert_close(found.sum(-1), torch.ones_like(found[..., 0]), rtol=0, atol=1e-5)
     logsumexps = [scores(query, key).logsumexp(-1).float() for query, key in zip(queries, keys, strict=True)]
     found = diffseg.aggregate(queries, keys, grids=grids, logsumexps=logsumexps, backend="cpu")
     assert_same_attention(found, expected)

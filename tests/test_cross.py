@@ -204,9 +204,9 @@ def test_maps_of_all_heads_never_exist() -> None:
     assert cells * TOKENS <= largest.elements < 2 * cells * TOKENS
 
 
-def blobs(size: tuple[int, int], masks: int, batch: int = 1, seed: int = 0) -> Tensor:
+def blobs(size: tuple[int, int], masks: int, batch: int) -> Tensor:
     """Labels [batch, *size]: each pixel that of the nearest of ``masks`` random points."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     points = torch.rand(batch, masks, 2, generator=generator) * torch.tensor(size)
     pixels = torch.cartesian_prod(torch.arange(size[0]), torch.arange(size[1])).float().expand(batch, -1, -1)
     return torch.cdist(pixels, points).argmin(-1).to(torch.int32).view(batch, *size)

@@ -48,7 +48,6 @@ class Case:
     threshold: float = 1.0
     scales: list[float] | None = None
     logsumexps: list[Tensor] | None = None
-    rule: ops.Rule = "paper"
     weights: ops.Weights = "proportional"
     output: Grid | None = None  # the grid of A_f; None: the largest of ``grids``
 
@@ -183,13 +182,12 @@ def structured(
     dtype: torch.dtype,
     *,
     given: bool | None = None,
-    seed: int = 0,
 ) -> Case:
     """Layers that look at one scene of regions: cells of a region attend to each other, more so where they are near.
 
     Tensors lie as projections do. ``given``: with log-sum-exps; None: on a GPU, where fused attention leaves them.
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
@@ -221,10 +219,10 @@ def _logsumexp(query: Tensor, key: Tensor) -> Tensor:
     return torch.stack(heads, 1).float()
 
 
-def noise(grid: Grid, batch: int, device: torch.device, seed: int = 0) -> tuple[Tensor, float]:
+def noise(grid: Grid, batch: int, device: torch.device) -> tuple[Tensor, float]:
     """Maps of uniform noise [B, N, N] and a threshold at which none of them merge: the worst case of merging."""
     cells = grid[0] * grid[1]
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     maps = torch.rand(batch, cells, cells, generator=generator, device=device)
     return maps.div_(maps.sum(-1, keepdim=True)), _NOISE_THRESHOLD
 

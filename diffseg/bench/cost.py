@@ -76,7 +76,6 @@ def aggregate(
     logsumexps: bool = False,
     passes: int | None = None,
     batch: int = 1,
-    storage: int = 4,
     grid: Grid | None = None,
 ) -> Work:
     """A_f from queries and keys of ``element`` bytes.
@@ -90,7 +89,7 @@ def aggregate(
     read += sum(4 * layer.heads * layer.cells for layer in layers) if logsumexps else 0
     return (
         Work(
-            bytes=read + attention_bytes(layers, storage, grid),
+            bytes=read + attention_bytes(layers, grid),
             flops=sum(2 * layer.heads * layer.cells**2 * layer.channels for layer in layers),
             exponentials=passes * pairs,
         )
@@ -98,18 +97,16 @@ def aggregate(
     )
 
 
-def aggregate_maps(
-    layers: Sequence[Layer], *, element: int = 4, batch: int = 1, storage: int = 4, grid: Grid | None = None
-) -> Work:
-    """A_f from maps [heads, n, n] of ``element`` bytes: only the memory limits it."""
-    read = sum(layer.heads * layer.cells**2 * element for layer in layers)
-    return Work(bytes=read + attention_bytes(layers, storage, grid)) * batch
+def aggregate_maps(layers: Sequence[Layer], *, batch: int = 1, grid: Grid | None = None) -> Work:
+    """A_f from maps [heads, n, n], float32: only the memory limits it."""
+    read = sum(4 * layer.heads * layer.cells**2 for layer in layers)
+    return Work(bytes=read + attention_bytes(layers, grid)) * batch
 
 
-def attention_bytes(layers: Sequence[Layer], storage: int = 4, grid: Grid | None = None) -> int:
-    """Bytes of A_f."""
+def attention_bytes(layers: Sequence[Layer], grid: Grid | None = None) -> int:
+    """Bytes of A_f of one image, float32."""
     cells = max(layer.cells for layer in layers) if grid is None else grid[0] * grid[1]
-    return cells**2 * storage
+    return 4 * cells**2
 
 
 def first_round(cells: int, anchors: int, *, density: float = 1.0, products: int = 1, batch: int = 1) -> Work:

@@ -155,7 +155,7 @@ class Suite:
         case = self.case(row)
         return case.attention, case.threshold
 
-    def _merging(self, row: Row, iterations: int, rule: ops.Rule = "paper") -> Any:
+    def _merging(self, row: Row, iterations: int) -> Any:
         """A_f, threshold, anchors, and two ways to merge: by (A_f, backend) and eagerly by (A_f, walk) -> Proposals."""
         attention, threshold = self._attention(row)
         anchors = ops.anchor_indices(row.grid, row.anchors)
@@ -163,12 +163,11 @@ class Suite:
 
         def by_backend(given: torch.Tensor, backend: str) -> ops.Proposals:
             return ops.merge(
-                given, grid=row.grid, anchors=row.anchors, iterations=iterations, threshold=threshold, rule=rule,
-                backend=backend,
+                given, grid=row.grid, anchors=row.anchors, iterations=iterations, threshold=threshold, backend=backend
             )  # fmt: skip
 
         def eagerly(given: torch.Tensor, walk: str) -> ops.Proposals:
-            return peers.eager_merge(given, row.grid, anchors, thresholds, rule, walk)
+            return peers.eager_merge(given, row.grid, anchors, thresholds, "paper", walk)
 
         return attention, threshold, anchors, by_backend, eagerly
 

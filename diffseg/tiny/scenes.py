@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 TRAIN_SEEDS = range(1_000_000, 2_000_000)
 THRESHOLD_SEEDS = range(2_000_000, 3_000_000)
 REPORT_SEEDS = range(3_000_000, 4_000_000)
+SIDE = 64  # pixels
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -27,11 +28,11 @@ _SUPERSAMPLING = 2
 _SMALLEST_REGION = 0.015  # a region that shows less of itself than this fraction of the picture is not a region
 
 
-def scene(seed: int, size: int = 64, *, rich: bool = False) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """One scene: ``(image, mask)``, uint8 [size, size, 3] (sRGB) and uint8 [size, size] (regions 0..S-1, no gaps)."""
+def scene(seed: int, *, rich: bool = False) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """One scene: ``(image, mask)``, uint8 [SIDE, SIDE, 3] (sRGB) and uint8 [SIDE, SIDE] (regions 0..S-1, no gaps)."""
     rng = np.random.default_rng((seed, 1) if rich else seed)
     surface = _rich_surface if rich else _surface
-    side = size * _SUPERSAMPLING
+    side = SIDE * _SUPERSAMPLING
     y, x = (np.mgrid[0:side, 0:side].astype(np.float32) + 0.5) / side
 
     mask = _background(rng, x, y)
@@ -53,7 +54,7 @@ def scene(seed: int, size: int = 64, *, rich: bool = False) -> tuple[NDArray[np.
     if rich and rng.random() < 0.6:
         _clutter(rng, x, y, image, mask)
     image *= _light(rng, x, y)[..., None]
-    image = image.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING, 3).mean((1, 3))
+    image = image.reshape(SIDE, _SUPERSAMPLING, SIDE, _SUPERSAMPLING, 3).mean((1, 3))
     image += rng.normal(0, rng.uniform(0, 0.02), image.shape)
     mask = mask[::_SUPERSAMPLING, ::_SUPERSAMPLING]
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), _without_specks(mask)

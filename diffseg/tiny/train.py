@@ -23,9 +23,8 @@ from diffusers.training_utils import EMAModel
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from .scenes import TRAIN_SEEDS, scene
+from .scenes import SIDE, TRAIN_SEEDS, scene
 
-SCENE = 64
 WEIGHTS = (0.0, 0.0, 1.0, 0.5) + (0.0,) * 12
 """Of the layers in A_f: those on the grid of 32 x 32 on the way down, the first of them twice the second.
 
@@ -75,8 +74,8 @@ def draw_batch(scenes: NDArray[np.uint8], batch_size: int, crop: int, rng: np.ra
     batch = np.empty((batch_size, crop, crop, 3), np.uint8)
     for item in batch:
         picture = scenes[rng.integers(len(scenes))]
-        if crop <= SCENE // 2 and rng.random() < 0.25:
-            half = picture.astype(np.float32).reshape(SCENE // 2, 2, SCENE // 2, 2, 3).mean((1, 3))
+        if crop <= SIDE // 2 and rng.random() < 0.25:
+            half = picture.astype(np.float32).reshape(SIDE // 2, 2, SIDE // 2, 2, 3).mean((1, 3))
             picture = (half + 0.5).astype(np.uint8)
         top, left = rng.integers(0, picture.shape[0] - crop + 1, 2)
         picture = picture[top : top + crop, left : left + crop]
@@ -177,7 +176,7 @@ def run_steps(training: Training, arguments: argparse.Namespace, last: int, chec
 
 
 def generate_scenes(arguments: argparse.Namespace) -> NDArray[np.uint8]:
-    """[scenes, SCENE, SCENE, 3]; with ``--rich``, those of odd seeds are rich ones."""
+    """[scenes, SIDE, SIDE, 3]; with ``--rich``, those of odd seeds are rich ones."""
     seeds = tqdm(TRAIN_SEEDS[: arguments.scenes], desc="generating scenes", unit="scene")
     return np.stack([scene(seed, rich=arguments.rich and seed % 2 == 1)[0] for seed in seeds])
 
