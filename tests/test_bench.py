@@ -92,7 +92,7 @@ def test_backends_are_listed_and_the_others_say_why(tmp_path: Path, capsys: pyte
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ("growth", "capture", "pipeline")])
 def test_every_stage_runs(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "FOLDER_IMAGES", 3)
+    monkeypatch.setattr(networks, "FOLDER_IMAGES", 2)
     path = tmp_path / "out.json"
     assert bench(stage, "--case", "thin", "--json", str(path)) == 0
     rows = contents(path)["rows"]
@@ -560,6 +560,18 @@ def test_plot(tmp_path: Path) -> None:
 )
 def test_times_have_three_digits_and_a_unit(value: float | None, text: str) -> None:
     assert report.seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("median", "low", "high", "said"),
+    [
+        (2.0, 1.5, 3.0, "2 times faster (1.5 to 3)"),
+        (0.5, 0.25, 0.8, "2 times slower (1.25 to 4)"),
+        (0.5, None, None, "2 times slower"),
+    ],
+)
+def test_a_peer_is_faster_or_slower(median: float, low: float | None, high: float | None, said: str) -> None:
+    assert report._comparison({"median": median, "low": low, "high": high}) == said
 
 
 def no_kernels() -> NoReturn:
