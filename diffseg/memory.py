@@ -43,7 +43,8 @@ def attention_memory(like: Tensor, grid: Grid) -> Iterator[Tensor | None]:
 def available(device: torch.device) -> float:
     """Bytes that a process could have on ``device``; infinity where nobody says."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, which keeps it
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return float(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) * 1024

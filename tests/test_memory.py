@@ -66,6 +66,13 @@ def test_no_more_is_kept_than_is_said(monkeypatch):
     assert kept() == few
 
 
+def test_what_pytorch_holds_for_later_is_available(monkeypatch):
+    """Else a call's own memory would speak against the next call."""
+    for name, value in {"mem_get_info": (2, 80), "memory_reserved": 70, "memory_allocated": 30}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert memory.available(torch.device("cuda")) == 42
+
+
 def test_memory_of_inference_mode_serves_outside_of_it():
     with torch.inference_mode(), attention_memory(torch.zeros(1, 1), (2, 2)) as inside:
         inside.fill_(1)
