@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from . import images, visualize
+
+logger = logging.getLogger(__name__)
 
 _PASSES_BEFORE_RECORDING = 3  # of one shape, on a GPU
 _RECORDED_SHAPES = 8
@@ -255,7 +258,10 @@ def _record_frequent(pipe: Any, batch: list[_Item], options: dict[str, Any], sha
     if shapes[shape] == _PASSES_BEFORE_RECORDING and recorded <= _RECORDED_SHAPES:
         taken = signature(pipe.warmup).parameters
         known = {name: value for name, value in options.items() if name in taken}
-        pipe.warmup(len(batch), *batch[0].picture.shape[1:], **known)
+        try:
+            pipe.warmup(len(batch), *batch[0].picture.shape[1:], **known)
+        except _FAILURES as error:  # such as memory that does not suffice
+            logger.debug("%s is not recorded: %s", shape, error)
 
 
 def _pass(idle: SimpleQueue[Any], batch: list[_Item], options: dict[str, Any]) -> _Pass:

@@ -1,5 +1,6 @@
 """Many files: as one by one, in order, whatever fails."""
 
+import logging
 import threading
 from collections import Counter
 from functools import partial
@@ -208,3 +209,16 @@ def test_what_is_recorded_is_what_will_be_called() -> None:
     for _ in range(5):
         folder._record_frequent(pipe, [item, item], {**options, "semantic": False, "output_type": "np"}, shapes)
     warmup.assert_called_once_with(None, 2, 40, 60, **options)
+
+
+def test_a_shape_that_cannot_be_recorded_runs_eagerly(caplog) -> None:
+    def warmup(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("no memory for a graph")
+
+    pipe = SimpleNamespace(device=torch.device("cuda"), warmup=warmup)
+    item = folder._Item(0, torch.zeros(3, 40, 60), (64, 96))
+    shapes: Counter[Any] = Counter()
+    with caplog.at_level(logging.DEBUG, logger="diffseg.folder"):
+        for _ in range(4):
+            folder._record_frequent(pipe, [item], {}, shapes)
+    assert caplog.messages == ["(1, (64, 96)) is not recorded: no memory for a graph"]
