@@ -196,7 +196,7 @@ def record_pass(
     Raises:
         ValueError, TypeError: as :func:`record_attention`; ValueError if the pass left out a layer before the last.
     """
-    whole = hasattr(unet, "_orig_mod") or _has_global_hooks() or any(map(_is_altered, unet.modules()))
+    whole = hasattr(unet, "_orig_mod") or _has_global_hooks() or any(map(is_altered, unet.modules()))
     with record_attention(unet, cross=cross) as record:
         recorder = cast(_Recorder, record._recorder)
         if not whole:
@@ -222,7 +222,7 @@ def _has_global_hooks() -> bool:
     return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
 
 
-def _is_altered(module: torch.nn.Module) -> bool:
+def is_altered(module: torch.nn.Module) -> bool:
     """By hooks of PyTorch, by those of accelerate and diffusers, which replace ``forward``, by compiling, or by
     somebody's own attention processor.
 
@@ -234,6 +234,14 @@ def _is_altered(module: torch.nn.Module) -> bool:
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         return True
     return isinstance(module, Attention) and type(module.get_processor()) not in _STOCK
+
+
+def moves_weights(network: torch.nn.Module) -> bool:
+    """Whether hooks of accelerate or diffusers move or cast its weights as it runs."""
+    return any(
+        "_hf_hook" in held or getattr(held.get("_diffusers_hook"), "hooks", None)
+        for held in map(vars, network.modules())
+    )
 
 
 def _set_processors(layers: dict[str, Attention], processors: Mapping[str, Any]) -> None:

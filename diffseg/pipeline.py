@@ -2,6 +2,7 @@
 
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import backends, memory, ops, semantics
 from . import images as image_io
-from .capture import AttentionRecord, attention_grid, count_layers, record_pass
+from .capture import AttentionRecord, attention_grid, count_layers, moves_weights, record_pass
 from .checks import check_bool, check_integer, check_pair, check_rule, check_thresholds, check_weight_scheme, plain
 from .memory import attention_memory
 from .ops import Proposals, Rule, Weights
@@ -44,6 +45,8 @@ TRAINING_STEPS = 1000
 """Of Stable Diffusion's noise schedule, where a UNet's configuration names no other number."""
 
 _LITTLE_MEMORY = 1 << 30  # bytes of A_f that nobody need ask for
+
+_OWN_DTYPES = object()  # asks ``to`` for no cast, where diffusers cannot be kept from asking for one
 
 _NOT_NEEDED = ("feature_extractor", "image_encoder", "requires_safety_checker", "safety_checker", "scheduler")
 
@@ -103,6 +106,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.register_modules(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(threshold=threshold, timestep=timestep, weights=weights)
         self._empty_prompt: Tensor | None = None
+        self._prompt_source: tuple[Any, torch.dtype] | None = None  # a weak reference to its encoder, in that dtype
         self._recordings = Recordings()
         self._fused: Any = None  # the UNet whose projections are joined
         self._laid_out: list[Any] = []  # networks made channels-last
@@ -118,8 +122,9 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "DiffSegPipeline":
-        """A pipeline on the components of a loaded one, which stay as they are, in their dtype."""
-        kwargs.setdefault("dtype", pipeline.dtype)
+        """A pipeline on the components of a loaded one, which stay as they are, each in its dtype."""
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["dtype"] = _OWN_DTYPES
         pipe: DiffSegPipeline = super().from_pipe(pipeline, **kwargs)
         return pipe
 
@@ -131,15 +136,16 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
     def to(self, *args: Any, **kwargs: Any) -> "DiffSegPipeline":
         """As ``DiffusionPipeline.to``; ends the recordings of weights that it moves."""
         modules = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
-        if all(getattr(part, "dtype", None) == kwargs.get("dtype") for part in modules):
+        dtype = kwargs.get("dtype")
+        if dtype is _OWN_DTYPES or all(getattr(part, "dtype", None) == dtype for part in modules):
             kwargs.pop("dtype", None)  # diffusers warns that a cast loses precision, also where it changes nothing
         super().to(*args, **kwargs)
         self._recordings.drop_stale(self._networks())
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy or a pickle: without graphs and compiled networks."""
-        return {**self.__dict__, "_recordings": Recordings(), "_compiled": None}
+        """Of a copy or a pickle: without graphs, compiled networks and references to the original's parts."""
+        return {**self.__dict__, "_recordings": Recordings(), "_compiled": None, "_prompt_source": None}
 
     @property
     def vae_scale_factor(self) -> int:
@@ -282,6 +288,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         )
         return output if return_dict else output.to_tuple()
 
+    @torch.inference_mode(False)  # a tensor of that mode could not be written to, nor trained, outside
     @torch.no_grad()
     def warmup(
         self,
@@ -321,7 +328,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                 backend: as in :meth:`__call__`.
 
         Raises:
-            ValueError, TypeError: on bad input; ValueError where hooks move the weights between devices.
+            ValueError, TypeError: on bad input; ValueError where hooks move or cast the weights.
         """
         for name, value in (("batch_size", batch_size), ("height", height), ("width", width)):
             check_integer(name, value, 1)
@@ -338,9 +345,8 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         )
         size = self.processed_size((height, width), processing_resolution)
         self._check_memory(size)
-        for network in self._networks():
-            if hasattr(network, "_hf_hook"):
-                raise ValueError("warmup: expected weights that stay on one device, found hooks that move them")
+        if any(map(moves_weights, self._networks())):
+            raise ValueError("warmup: expected weights that stay as they are, found hooks that move or cast them")
         target = (height, width) if match_input_resolution else size
         clock = _StageClock(None)
 
@@ -356,6 +362,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                 self._compiled = torch.compile(self._latents, dynamic=False), torch.compile(self.unet, dynamic=False)
             self._recordings.add(run, Shape(batch_size, size), options, self._execution_device, self._networks())
 
+    @torch.inference_mode(False)
     def release(self) -> None:
         """Frees graphs, buffers, compiled networks and the memory of A_f that a CPU keeps.
 
@@ -490,7 +497,8 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def _uploaded(self, pictures: list[Tensor], size: Grid) -> Tensor:
         """Pixels float32 [B, 3, h, w] in [0, 1] on the device."""
-        host, pixels = staging(Shape(len(pictures), size), self._execution_device)
+        device = self._execution_device if moves_weights(self.unet) else next(self.unet.parameters()).device
+        host, pixels = staging(Shape(len(pictures), size), device)
         upload(pictures, host, pixels)
         return pixels
 
@@ -550,10 +558,10 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         """What the UNet reads: the VAE's latents, or the pixels in [-1, 1], in the UNet's dtype."""
         pixels = pixels * 2 - 1
         if self.vae is None:
-            return pixels.to(self.unet.dtype)
-        encoded = self.vae.encode(pixels.to(self.vae.dtype))
+            return pixels.to(_dtype(self.unet))
+        encoded = self.vae.encode(pixels.to(_dtype(self.vae)))
         latents = encoded.latents if "latents" in encoded else encoded.latent_dist.mean
-        return (latents * self.vae.config.scaling_factor).to(self.unet.dtype)
+        return (latents * self.vae.config.scaling_factor).to(_dtype(self.unet))
 
     def load_captioner(self, name: str = semantics.CAPTIONER) -> semantics.ModelCaptioner:
         """The image-to-text model of that name, on the pipeline's device; the last one is kept for later calls.
@@ -628,15 +636,21 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         ]
 
     def _context(self, batch_size: int, device: torch.device | None = None) -> Tensor:
-        """The empty prompt's embedding [B, tokens, channels], computed once; zeros for a UNet in pixel space."""
-        if self._empty_prompt is None:
-            if self.text_encoder is None:
-                self._empty_prompt = torch.zeros(1, 1, self.unet.config.cross_attention_dim, dtype=torch.float32)
-            else:
-                tokens = self.tokenizer(
-                    "", padding="max_length", max_length=self.tokenizer.model_max_length, return_tensors="pt"
-                )
-                self._empty_prompt = self.text_encoder(tokens.input_ids.to(self._execution_device))[0]
+        """The empty prompt's embedding [B, tokens, channels]; zeros for a UNet in pixel space.
+
+        Computed once, and again, which ends the recordings, after the text encoder was cast or replaced.
+        """
+        encoder = self.text_encoder
+        source = None if encoder is None else (weakref.ref(encoder), encoder.dtype)
+        if source is not None and source != self._prompt_source:
+            tokens = self.tokenizer(
+                "", padding="max_length", max_length=self.tokenizer.model_max_length, return_tensors="pt"
+            )
+            self._recordings.clear()
+            self._empty_prompt = encoder(tokens.input_ids.to(self._execution_device))[0]
+            self._prompt_source = source
+        elif self._empty_prompt is None:
+            self._empty_prompt = torch.zeros(1, 1, self.unet.config.cross_attention_dim, dtype=torch.float32)
         self._empty_prompt = self._empty_prompt.to(device or self._execution_device)
         return self._empty_prompt.expand(batch_size, -1, -1)
 
@@ -758,6 +772,12 @@ def _batches(sizes: list[Grid], batch_size: int) -> Iterator[list[int]]:
             yield same[start : start + batch_size]
 
 
+def _dtype(network: Any) -> torch.dtype:
+    """In which it computes; asked so, since diffusers takes milliseconds to answer."""
+    dtype: torch.dtype = network.dtype if moves_weights(network) else next(network.parameters()).dtype
+    return dtype
+
+
 def _is_channels_last(network: torch.nn.Module) -> bool:
     return all(each.is_contiguous(memory_format=torch.channels_last) for each in network.parameters() if each.ndim == 4)
 
@@ -765,8 +785,9 @@ def _is_channels_last(network: torch.nn.Module) -> bool:
 def _arrived(found: Segmented, stay: bool) -> tuple[list[Tensor], list[int]]:
     """Labels, on the host or, with ``stay``, on their device, and numbers of segments; after one wait."""
     if stay:
+        labels = [each.clone() for each in found.labels]  # before the wait: then a replay on another stream may begin
         (segments,) = download([found.segments])
-        return [each.clone() for each in found.labels], segments.tolist()
+        return labels, segments.tolist()
     *labels, segments = download([*found.labels, found.segments])
     return labels, segments.tolist()
 

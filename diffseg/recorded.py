@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from . import ops
+from .capture import is_altered
 from .images import resize
 from .ops import Proposals, Rule
 from .reference import Grid
@@ -27,9 +28,12 @@ _RUNS_AHEAD = 3  # of a capture: kernels are compiled and loaded, libraries allo
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
+_CAPTURING = threading.Lock()  # PyTorch allows one capture at a time in a process
+
+
 def lock_of(unet: nn.Module) -> threading.RLock:
-    """The lock under which ``unet`` runs, one a UNet: pipelines may share it, and recording it swaps its processors."""
-    return _LOCKS.setdefault(unet, threading.RLock())
+    """The lock under which a UNet runs, compiled or not: pipelines may share it, and recording swaps its processors."""
+    return _LOCKS.setdefault(getattr(unet, "_orig_mod", unet), threading.RLock())
 
 
 class Options(NamedTuple):
@@ -94,7 +98,7 @@ class Recording:
         self._stream: torch.cuda.Stream | None = None
         self._result: Segmented | None = None
         if device.type == "cuda":
-            with torch.cuda.device(device):
+            with torch.cuda.device(device), _CAPTURING:
                 self._capture()
         else:
             run(self._pixels)
@@ -111,13 +115,12 @@ class Recording:
         stream = self._stream = _stream_of_no_graph()
         _CAPTURED.add(self)
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):  # also around the capture, which leaves its stream current if it fails
             for _ in range(_RUNS_AHEAD):
                 self._run(self._pixels)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            self._result = self._run(self._pixels)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._result = self._run(self._pixels)
 
 
 _CAPTURED: WeakSet[Recording] = WeakSet()
@@ -179,8 +182,15 @@ class Recordings:
 
 
 def fuse_projections(unet: Any) -> bool:
-    """Makes one product of each layer's Q, K and V, unless processors were chosen; whether it did."""
-    usual = all(type(processor) is AttnProcessor2_0 for processor in unet.attn_processors.values())
+    """Makes one product of each layer's Q, K and V; whether it did.
+
+    Not where processors were chosen, or where a projection is more than a matrix: adapted, quantised or hooked.
+    """
+    layers = [module for module in unet.modules() if isinstance(module, Attention)]
+    projections = [each for layer in layers for each in (layer.to_q, layer.to_k, layer.to_v)]
+    usual = all(type(processor) is AttnProcessor2_0 for processor in unet.attn_processors.values()) and all(
+        type(each) is nn.Linear and type(each.weight) is nn.Parameter and not is_altered(each) for each in projections
+    )
     if usual:
         unet.fuse_qkv_projections()
     return usual
@@ -223,7 +233,8 @@ def download(tensors: Sequence[Tensor]) -> list[Tensor]:
     if not any(tensor.is_cuda for tensor in tensors):
         return [tensor.cpu() for tensor in tensors]
     pinned = [
-        torch.empty(each.shape, dtype=each.dtype, pin_memory=True).copy_(each, non_blocking=True) for each in tensors
+        torch.empty(each.shape, dtype=each.dtype, device="cpu", pin_memory=True).copy_(each, non_blocking=True)
+        for each in tensors
     ]
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(tensors[0].device))

@@ -1,5 +1,6 @@
 """The pipeline on small random checkpoints of the real layouts."""
 
+import copy
 import logging
 import re
 
@@ -63,11 +64,15 @@ def test_from_pretrained_and_from_pipe_agree(layout, tmp_path, caplog):
     assert np.array_equal(loaded(picture()).labels[0], shared(picture()).labels[0])
 
 
-def test_from_pipe_leaves_the_dtype(checkpoint):
+def test_from_pipe_leaves_the_dtypes(checkpoint):
     parent = StableDiffusionPipeline.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    parent.vae.to(torch.float32)
     shared = quiet(DiffSegPipeline.from_pipe(parent))
-    assert parent.unet.dtype == shared.unet.dtype == torch.bfloat16
+    assert (shared.vae.dtype, shared.unet.dtype, shared.text_encoder.dtype) == (torch.float32, *[torch.bfloat16] * 2)
     assert shared(picture()).labels[0].shape == (128, 128)
+    assert DiffSegPipeline.from_pipe(parent, dtype=torch.float32).unet.dtype == torch.float32
+    with pytest.warns(FutureWarning, match="torch_dtype"):
+        assert DiffSegPipeline.from_pipe(parent, torch_dtype=torch.bfloat16).vae.dtype == torch.bfloat16
 
 
 def test_from_pipe_warns_of_no_cast(checkpoint, monkeypatch):
@@ -259,6 +264,21 @@ def test_the_empty_prompt_is_encoded_once(checkpoint, monkeypatch):
     pipe(picture())
     handle.remove()
     assert len(calls) == 1
+
+
+def test_the_empty_prompt_is_encoded_anew_by_another_text_encoder(checkpoint):
+    pipe = DiffSegPipeline.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    rounded = pipe._context(1)
+    pipe.to(torch.float32)
+    expected = pipe._context(1)
+    assert expected.dtype == torch.float32
+    torch.testing.assert_close(expected, rounded.float(), atol=0.1, rtol=0)
+    pipe.text_encoder = copy.deepcopy(pipe.text_encoder)
+    with torch.no_grad():
+        pipe.text_encoder.final_layer_norm.bias += 1
+        torch.testing.assert_close(pipe._context(1), expected + 1)
+    pipe.text_encoder = None  # to free its memory
+    torch.testing.assert_close(pipe._context(1), expected + 1)
 
 
 def test_progress_bar(pixel_pipe, capsys):

@@ -5,6 +5,9 @@ import logging
 import pickle
 import resource
 import threading
+import time
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pipelines
@@ -106,6 +109,19 @@ def test_a_warm_pipeline_can_be_copied(pipe, copied):
     assert pipe._recordings._held
 
 
+def test_inference_mode_leaves_no_trace(pipe, replays):
+    """Its tensors could not be written to outside of it, nor be trained."""
+    expected = pipe(picture())
+    with torch.inference_mode():
+        pipe.warmup(1, 16, 16)
+    assert not any(weight.is_inference() for weight in pipe.unet.parameters())
+    assert (pipe(picture()).labels[0] == expected.labels[0]).mean() >= 0.999
+    assert replays == [1]
+    with torch.inference_mode():
+        pipe.release()
+    assert not any(weight.is_inference() for weight in pipe.unet.parameters())
+
+
 def test_options_belong_to_a_recording(pipe, replays):
     options = {"threshold": [0.02, 0.01], "iterations": 2, "rule": "official", "weights": [1, 2, 3, 4], "anchors": 5}
     pipe.warmup(1, 16, 16, timestep=20, **options)
@@ -168,8 +184,8 @@ def test_moved_cast_or_replaced_networks_end_the_recordings(pipe, replays):
     assert replays == []
 
 
-def join_as_on_a_gpu(pipe, monkeypatch):
-    with monkeypatch.context() as context:
+def join_as_on_a_gpu(pipe):
+    with pytest.MonkeyPatch.context() as context:
         context.setattr(DiffSegPipeline, "_execution_device", torch.device("cuda"))
         pipe._lay_out()
 
@@ -178,18 +194,46 @@ def joined(unet):
     return any(name.endswith(".to_qkv.weight") for name in unet.state_dict())
 
 
-def test_new_weights_come_between_release_and_warmup(pipe, monkeypatch, replays):
+class Adapted(torch.nn.Linear):
+    """As PEFT wraps a projection: its ``weight`` is not all that it multiplies by."""
+
+    def forward(self, values):
+        return 2 * super().forward(values)
+
+
+def adapt(attn):
+    attn.to_k = Adapted(attn.to_k.in_features, attn.to_k.out_features, bias=False)
+
+
+def quantise(attn):
+    """As torchao does, to a weight of a class of its own."""
+    values = attn.to_q.weight.detach().as_subclass(type("Quantised", (torch.Tensor,), {}))
+    attn.to_q.weight = torch.nn.Parameter(values, requires_grad=False)
+
+
+def hook(attn):
+    attn.to_v.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+@pytest.mark.parametrize("alter", [adapt, quantise, hook])
+def test_projections_that_are_more_than_a_matrix_stay_apart(pipe, alter):
+    alter(pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1)
+    assert not recorded.fuse_projections(pipe.unet)
+    assert not joined(pipe.unet)
+
+
+def test_new_weights_come_between_release_and_warmup(pipe, replays):
     """Joined projections are copies: until they come apart, weights cannot be loaded."""
     other = pixel_pipeline(seed=1)
     expected = other(picture())
-    join_as_on_a_gpu(pipe, monkeypatch)
+    join_as_on_a_gpu(pipe)
     pipe.warmup(1, 16, 16)
     before = pipe(picture())
     with pytest.raises(RuntimeError, match="to_qkv"):
         pipe.unet.load_state_dict(other.unet.state_dict())
     pipe.release()
     pipe.unet.load_state_dict(other.unet.state_dict())
-    join_as_on_a_gpu(pipe, monkeypatch)
+    join_as_on_a_gpu(pipe)
     pipe.warmup(1, 16, 16)
     found = pipe(picture())
     assert replays == [1, 1]
@@ -197,12 +241,12 @@ def test_new_weights_come_between_release_and_warmup(pipe, monkeypatch, replays)
     assert not np.array_equal(found.labels[0], before.labels[0])
 
 
-def test_a_replaced_unet_is_split(pipe, monkeypatch):
+def test_a_replaced_unet_is_split(pipe):
     first, second = pipe.unet, pixel_pipeline(seed=1).unet
-    join_as_on_a_gpu(pipe, monkeypatch)
+    join_as_on_a_gpu(pipe)
     assert joined(first)
     pipe.unet = second
-    join_as_on_a_gpu(pipe, monkeypatch)
+    join_as_on_a_gpu(pipe)
     assert joined(second)
     assert not joined(first)
     pipe.unet = first
@@ -288,6 +332,13 @@ def test_no_segments_means_overflow(pipe, monkeypatch):
         pipe([picture(), picture(), picture()], batch_size=3)
 
 
+def test_no_call_asks_diffusers_where_and_in_what_it_runs(pipe, monkeypatch):
+    """The answers walk the modules several times."""
+    for name in ("dtype", "device"):
+        monkeypatch.setattr(type(pipe.unet), name, property(lambda self: pytest.fail("walked")))
+    assert pipe(picture()).labels[0].shape == (16, 16)
+
+
 def test_a_recorded_call_does_not_walk_the_modules(pipe, monkeypatch):
     """Which diffusers does to say where a pipeline runs; in a full-size UNet that takes as long as half the forward."""
     pipe.warmup(1, 16, 16)
@@ -316,9 +367,109 @@ def test_threads_take_turns(pipe):
             assert_same(output, other)
 
 
+def test_labels_that_stay_on_the_device_are_copied_before_the_wait(pipe, monkeypatch):
+    """After it another thread may replay on a stream of its own."""
+    expected = pipe(picture(), output_type="pt").labels[0]
+    buffers = []
+    at, wait = recorded.Segmented.at, recorded.download
+
+    def keep(*arguments):
+        buffers.append(at(*arguments))
+        return buffers[-1]
+
+    def wait_while_another_replays(tensors):
+        arrived = wait(tensors)
+        for each in buffers[-1].labels:
+            each.fill_(-1)
+        return arrived
+
+    monkeypatch.setattr(recorded.Segmented, "at", keep)
+    monkeypatch.setattr(diffseg.pipeline, "download", wait_while_another_replays)
+    assert torch.equal(pipe(picture(), output_type="pt").labels[0], expected)
+
+
+class FakeCuda:
+    """Streams and captures without a device; as torch's, a capture that fails leaves its stream current."""
+
+    def __init__(self, monkeypatch):
+        self.current, self.captures, self.most_captures = threading.local(), 0, 0
+        monkeypatch.setattr(recorded, "staging", lambda shape, device: (torch.zeros(1), torch.zeros(1)))
+        for name, fake in {
+            "Stream": lambda: SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None),
+            "current_stream": lambda: getattr(self.current, "stream", None),
+            "CUDAGraph": object,
+            "device": lambda device: nullcontext(),
+            "stream": self.stream,
+            "graph": self.graph,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    @contextmanager
+    def stream(self, stream):
+        before = torch.cuda.current_stream()
+        self.current.stream = stream
+        try:
+            yield
+        finally:
+            self.current.stream = before
+
+    @contextmanager
+    def graph(self, graph, stream, capture_error_mode):
+        self.captures += 1
+        self.most_captures = max(self.captures, self.most_captures)
+        before = torch.cuda.current_stream()
+        self.current.stream = stream
+        time.sleep(0.01)
+        yield
+        self.current.stream = before
+        self.captures -= 1
+
+
+def recording_on_a_gpu(run):
+    return recorded.Recording(run, recorded.Shape(1, (16, 16)), torch.device("cuda"))
+
+
+def test_one_capture_at_a_time(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    threads = [threading.Thread(target=recording_on_a_gpu, args=(lambda pixels: None,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (cuda.captures, cuda.most_captures) == (0, 1)
+
+
+def test_a_capture_that_fails_leaves_the_current_stream(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+
+    def run(pixels):
+        if cuda.captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        recording_on_a_gpu(run)
+    assert torch.cuda.current_stream() is None
+
+
+def test_downloads_are_to_the_host_whatever_the_default_device(monkeypatch):
+    allocate = torch.empty
+
+    def empty(*shape, device="meta", pin_memory=False, **options):
+        return allocate(*shape, device=device, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    labels = torch.arange(6, dtype=torch.int32)
+    assert torch.equal(recorded.download([labels])[0], labels)
+
+
 def test_pipelines_that_share_a_unet_share_its_lock(pipe):
     other = DiffSegPipeline.from_pipe(pipe)
     assert recorded.lock_of(other.unet) is recorded.lock_of(pipe.unet)
+    assert recorded.lock_of(torch.compile(pipe.unet)) is recorded.lock_of(pipe.unet)
     assert recorded.lock_of(pixel_pipeline().unet) is not recorded.lock_of(pipe.unet)
 
 
@@ -336,9 +487,25 @@ def test_wrong_warmups(pipe, arguments, options, error, message):
         pipe.warmup(*arguments, **options)
 
 
-def test_moving_weights_are_not_recorded(pipe):
-    pipe.unet._hf_hook = object()
-    with pytest.raises(ValueError, match="warmup: expected weights that stay on one device, found hooks"):
+def offload_groups(unet):
+    cpu = torch.device("cpu")
+    unet.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda unet: setattr(unet, "_hf_hook", object()),
+        offload_groups,
+        lambda unet: unet.enable_layerwise_casting(torch.bfloat16, torch.float32),
+    ],
+    ids=["accelerate", "groups", "casts"],
+)
+def test_weights_that_hooks_move_or_cast_are_not_recorded(pipe, move):
+    move(pipe.unet)
+    with pytest.raises(
+        ValueError, match="warmup: expected weights that stay as they are, found hooks that move or cast"
+    ):
         pipe.warmup(1, 16, 16)
 
 
