@@ -529,7 +529,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
                     rule=options.rule,
                     backend=options.backend,
                 )
-                finite = attention.sum((1, 2)).isfinite()
+                finite = _finite(attention)
             if refine:
                 with clock("refine"):
                     proposals = ops.refine(attention, proposals)
@@ -715,6 +715,13 @@ def _aggregated(record: AttentionRecord, options: Options, out: Tensor | None = 
     """A_f [B, N, N] of the recorded layers, which may be the first of those that have weights."""
     weights = options.weights if isinstance(options.weights, str) else options.weights[: len(record.grids)]
     return record.aggregate(weights=weights, backend=options.backend, out=out)
+
+
+def _finite(attention: Tensor) -> Tensor:
+    """Whether each image's A_f [B, N, N] is finite, bool [B]; on a CPU the ops have refused what is not."""
+    if attention.device.type == "cpu":
+        return torch.ones(len(attention), dtype=torch.bool, device="cpu")
+    return attention.sum((1, 2)).isfinite()
 
 
 class _StageClock:
