@@ -116,11 +116,12 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
             stored = json.loads(path.read_text())
         except ValueError as error:
             raise UsageError(f"{path}: expected the settings of a run, got {error}; give another --output") from error
-        if changed := changes(stored, settings):
+        if not (changed := changes(stored, settings)):
+            return
+        if finished(folder):
             raise UsageError(
                 f"{folder} holds results of other settings: {changed}. Give those to go on, or another --output"
             )
-        return
     _make(folder)
     try:
         write_text(path, json.dumps(settings, indent=2) + "\n")

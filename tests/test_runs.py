@@ -151,10 +151,18 @@ def test_a_sample_that_cannot_be_read_is_named(root, tmp_path, dataset):
 def test_settings_claim_a_folder(tmp_path):
     runs.claim(tmp_path / "new", {"a": 1, "b": ("x", 2.5)})
     runs.claim(tmp_path / "new", {"b": ["x", 2.5], "a": 1})
+    (tmp_path / "new" / "images-00000.jsonl").write_text('{"name": "00", "result": {}}\n')
     with pytest.raises(
         runs.UsageError, match=r'new holds results of other settings: a was 1, is 2; c was null, is "d"'
     ):
         runs.claim(tmp_path / "new", {"a": 2, "b": ["x", 2.5], "c": "d"})
+
+
+def test_a_folder_without_results_takes_other_settings(tmp_path):
+    for settings in ({"a": 1}, {"a": 2}):
+        runs.claim(tmp_path, settings)
+        (tmp_path / "images-00000.jsonl").touch()
+        assert json.loads((tmp_path / "settings.json").read_text()) == settings
 
 
 def test_a_folder_is_one_runs_at_a_time(tmp_path):
