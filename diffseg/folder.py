@@ -198,7 +198,12 @@ def _pools(passes: int, files: int) -> Iterator[tuple[ThreadPoolExecutor, Thread
 
     try:
         with pool(files, 1) as readers, pool(files, 1) as writers, pool(passes, threads // passes) as networks:
-            yield readers, networks, writers
+            try:
+                yield readers, networks, writers
+            except BaseException:
+                for each in (readers, networks):  # what has not begun
+                    each.shutdown(wait=False, cancel_futures=True)
+                raise
     finally:
         torch.set_num_threads(threads)  # also for threads to come
 

@@ -1,7 +1,9 @@
 """Many files: as one by one, in order, whatever fails."""
 
 import logging
+import signal
 import threading
+import time
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
@@ -142,6 +144,36 @@ def test_other_errors_end_the_run(pipe, jobs, monkeypatch):
     monkeypatch.setattr(folder, "_write", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         folder.segment_files(pipe, jobs, {})
+
+
+def test_what_has_not_begun_is_left_when_a_run_is_interrupted(pipe, jobs, monkeypatch):
+    """In the first pass, while the thread that called waits for it and one more pass is queued."""
+    reads, passes, interrupted = [], [], threading.Event()
+    at_a_time = min(torch.get_num_threads(), 2)
+
+    def reading(source):
+        reads.append(source)
+        if len(reads) > at_a_time + 1:
+            interrupted.wait(timeout=20)
+        return torch.zeros(3, 16, 16, dtype=torch.uint8)
+
+    def passing(*arguments):
+        passes.append(arguments)
+        if len(passes) == 1:
+            time.sleep(0.5)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.5)
+            interrupted.set()
+        interrupted.wait(timeout=20)
+        return folder._Pass([], {})
+
+    monkeypatch.setattr(folder, "_MOST_FILES", 2)
+    monkeypatch.setattr(images, "to_picture", reading)
+    monkeypatch.setattr(folder, "_pass", passing)
+    with pytest.raises(KeyboardInterrupt):
+        folder.segment_files(pipe, jobs, {})
+    assert len(passes) == at_a_time
+    assert len(reads) <= 2 * at_a_time + 1
 
 
 def test_decoding_and_writing_run_beside_the_network(pipe, jobs, monkeypatch):
