@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import io
 import json
 import os
 import platform
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what its encoding lacks
     try:
         with _terminable():
             _check_instruction_set()
@@ -194,16 +197,17 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 def _expand(patterns: Sequence[str], output: Path) -> list[Path]:
     """The files that paths, folders and glob patterns name, in order, each once.
 
-    Folders and patterns do not name the results of an earlier run.
+    Folders and patterns do not name the results of an earlier run, nor hidden files.
     """
-    from .images import SUFFIXES
+    from .images import SUFFIXES, files_in
 
     files: list[Path] = []
     for pattern in patterns:
+        if not pattern:
+            raise UsageError("IMAGE: expected a path, got an empty one")
         path = Path(pattern)
         if path.is_dir():
-            found = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES and each.is_file())
-            found = _without_results(found, output)
+            found = _without_results(files_in(path), output)
             if not found:
                 raise UsageError(f"{path}: expected a folder with images ({', '.join(SUFFIXES)}), found none")
         elif path.exists():

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from .images import SUFFIXES, to_array, to_picture
+from .images import SUFFIXES, files_in, to_array, to_picture
 from .reference import Grid
 
 Labels = NDArray[np.int32]
@@ -370,9 +370,7 @@ def _folder(root: Path, classes: int | None, unlabelled: int | None) -> tuple[li
 def _by_stem(folder: Path) -> dict[str, Path]:
     """The images in ``folder`` by their names without suffix, in order; other files are ignored."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in SUFFIXES:
-            continue
+    for path in files_in(folder):
         first = found.setdefault(path.stem, path)
         if first != path:
             raise DatasetError(f"{folder}: expected one image of each name, got {first.name} and {path.name}")

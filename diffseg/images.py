@@ -27,6 +27,12 @@ _ACCEPTED = (
 )
 
 
+def files_in(folder: Path) -> list[Path]:
+    """The images in ``folder``, in order of their names, without hidden files, such as macOS's ``._NAME.jpg``."""
+    shown = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in shown if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
 class ImageError(ValueError):
     """An image that cannot be read or understood."""
 

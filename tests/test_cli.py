@@ -1,5 +1,6 @@
 """The command line, called as the entry point calls it, with the bundled model."""
 
+import io
 import signal
 import subprocess
 import sys
@@ -92,6 +93,21 @@ def test_several_images(folder, capsys, given):
     assert cli.main(["segment", *given]) == 0
     assert outputs(folder) == [f"scene{i}_{kind}.png" for i in range(3) for kind in ("labels", "overlay")]
     assert "3/3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["in", "in/*"])
+def test_hidden_files_are_no_images(folder, given):
+    Path("in/._scene0.png").write_text("what macOS leaves on other file systems")
+    files = cli._expand([given], Path("segments"))
+    assert [path.name for path in files] == ["scene0.png", "scene1.png", "scene2.png"]
+
+
+def test_names_that_the_output_cannot_spell_are_escaped(folder, monkeypatch):
+    Path("in/scene0.png").rename("in/sc\u00e8ne.png")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    assert cli.main(["segment", "in/sc\u00e8ne.png"]) == 0
+    assert written.getvalue().startswith(b"segments/sc\\xe8ne_overlay.png  ")
 
 
 def test_existing_outputs_are_kept(folder, capsys):
@@ -208,6 +224,7 @@ def test_time_prints_stages(folder, capsys):
         (["nothing/*.png"], "nothing/*.png: no file matches"),
         (["in/scene0.png", "in/missing.png", "in"], "diffseg: in/missing.png: no such file"),
         (["empty"], "empty: expected a folder with images"),
+        ([""], "IMAGE: expected a path, got an empty one"),
         (["in/scene0.png", "twin/scene0.png"], "would both write scene0_labels.png"),
         (["in", "-o", "in/scene0.png"], "--output: expected a folder, in/scene0.png is a file"),
         (["in", "-o", "in/scene0.png/below"], "--output: expected a folder, in/scene0.png is a file"),

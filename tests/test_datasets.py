@@ -194,7 +194,7 @@ def test_folder(folder):
 
 
 def test_files_that_are_no_images_count_for_nothing(folder):
-    for path in (folder / "images" / "c.txt", folder / "masks" / "a.txt"):
+    for path in (folder / "images" / "c.txt", folder / "images" / "._a.png", folder / "masks" / "a.txt"):
         path.write_text("a note")
     dataset = open_dataset("folder", folder)
     check(dataset)
