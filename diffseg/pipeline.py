@@ -215,6 +215,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Raises:
             ValueError, TypeError: on bad input, before any work; ValueError if the attention is not finite.
+            FileNotFoundError: a path leads nowhere.
             ImportError: nouns are needed, and HanTa (``diffseg[semantic]``) is not installed.
         """
         if output_type not in ("np", "pt", "pil"):
