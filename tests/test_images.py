@@ -147,6 +147,18 @@ def test_resize_averages_when_shrinking():
     assert images.resize(chequered, (8, 8)) is chequered
 
 
+@pytest.mark.parametrize("size", [(16, 24), (64, 300), (500, 20), (517, 260)])
+def test_large_photographs_are_resized_in_parts_to_the_same_bits(monkeypatch, size):
+    monkeypatch.setattr(images, "_PIXELS_AT_ONCE", 3000)
+    given = np.random.default_rng(0).integers(0, 256, (517, 260, 3), dtype=np.uint8)
+    expected = images.resize(images.to_tensor(given), size)
+    converted = []
+    as_float = images._as_float
+    monkeypatch.setattr(images, "_as_float", lambda picture: (converted.append(picture.shape), as_float(picture))[1])
+    assert torch.equal(images.resize(images.to_picture(given), size), expected)
+    assert size == (517, 260) or max(height * width for _, height, width in converted) <= 3000
+
+
 def test_to_array_is_the_inverse():
     assert np.array_equal(images.to_array(images.to_tensor(RED)), RED)
     every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
