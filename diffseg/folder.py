@@ -178,7 +178,7 @@ class _Work:
 def _passes_at_a_time(pipe: Any, jobs: int, batch_size: int, options: dict[str, Any]) -> int:
     """Two on a CPU, but where they would share one thread or one batch, or each load a captioner."""
     alone = torch.get_num_threads() == 1 or jobs <= batch_size or options.get("semantic")
-    return 1 if alone or pipe.device.type != "cpu" else 2
+    return 1 if alone or pipe._execution_device.type != "cpu" else 2
 
 
 @contextmanager

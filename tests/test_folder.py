@@ -217,6 +217,12 @@ def test_the_number_of_threads_stays(pipe, jobs):
     assert [torch.get_num_threads(), *later] == [before, before]
 
 
+def test_weights_that_wait_on_the_host_for_a_gpu_are_not_shared_by_two_passes(pipe, monkeypatch):
+    assert folder._passes_at_a_time(pipe, 9, 1, {}) == 2
+    monkeypatch.setattr(DiffSegPipeline, "_execution_device", torch.device("cuda"))
+    assert folder._passes_at_a_time(pipe, 9, 1, {}) == 1
+
+
 @pytest.mark.gpu
 def test_shapes_that_keep_coming_are_recorded(pipe, jobs):
     pipe.to("cuda")
