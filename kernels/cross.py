@@ -20,7 +20,7 @@ from diffseg.reference import SMALLEST_NORM
 
 from .launch import OTHER, Config, choose, dot, exact_precision, integers_on_device, launch
 from .products import common_unit, product_constants, tile_scores
-from .sampling import GRID_WORDS, taps
+from .sampling import taps
 
 Grid = tuple[int, int]
 
@@ -45,6 +45,7 @@ _MASKS = {
     "interpreter": Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=1, num_stages=1),
     OTHER: Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=1),
 }
+_GRID_WORDS = tl.constexpr(3)  # of a grid in a table: the offset of its sums in their buffer, height and width
 _WORDS = 16  # of a tile: the least that a product takes
 _MOST_BANDS = 256  # programs that share the pixels of an image; each leaves a partial sum
 
@@ -179,7 +180,7 @@ def _upsample_words_kernel(
     inside = pixel < height * width
     total = tl.zeros([BLOCK], tl.float32)
     for grid in range(GRIDS):
-        entry = grids + grid * GRID_WORDS
+        entry = grids + grid * _GRID_WORDS
         rows, columns = tl.load(entry + 1).to(tl.int32), tl.load(entry + 2).to(tl.int32)
         top, bottom, down = taps(pixel // width, rows, height)
         left, right, across = taps(pixel % width, columns, width)

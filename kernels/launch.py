@@ -106,29 +106,29 @@ _SLOTS = 16
 _WRITE = Config({}, num_warps=1, num_stages=1)
 
 
-@triton.jit(do_not_specialize=["count", *(f"v{slot}" for slot in range(_SLOTS))])
+@triton.jit(do_not_specialize=[f"v{slot}" for slot in range(_SLOTS)])
 def _write_integers(
-    out, count, v0: tl.int64, v1: tl.int64, v2: tl.int64, v3: tl.int64, v4: tl.int64, v5: tl.int64, v6: tl.int64,
+    out, v0: tl.int64, v1: tl.int64, v2: tl.int64, v3: tl.int64, v4: tl.int64, v5: tl.int64, v6: tl.int64,
     v7: tl.int64, v8: tl.int64, v9: tl.int64, v10: tl.int64, v11: tl.int64, v12: tl.int64, v13: tl.int64,
     v14: tl.int64, v15: tl.int64,
 ):  # fmt: skip
-    """Stores the first ``count`` of its arguments at ``out``: one program, 8 count bytes."""
-    tl.store(out + 0, v0, mask=count > 0)
-    tl.store(out + 1, v1, mask=count > 1)
-    tl.store(out + 2, v2, mask=count > 2)
-    tl.store(out + 3, v3, mask=count > 3)
-    tl.store(out + 4, v4, mask=count > 4)
-    tl.store(out + 5, v5, mask=count > 5)
-    tl.store(out + 6, v6, mask=count > 6)
-    tl.store(out + 7, v7, mask=count > 7)
-    tl.store(out + 8, v8, mask=count > 8)
-    tl.store(out + 9, v9, mask=count > 9)
-    tl.store(out + 10, v10, mask=count > 10)
-    tl.store(out + 11, v11, mask=count > 11)
-    tl.store(out + 12, v12, mask=count > 12)
-    tl.store(out + 13, v13, mask=count > 13)
-    tl.store(out + 14, v14, mask=count > 14)
-    tl.store(out + 15, v15, mask=count > 15)
+    """Stores its arguments at ``out``: one program, 128 bytes."""
+    tl.store(out + 0, v0)
+    tl.store(out + 1, v1)
+    tl.store(out + 2, v2)
+    tl.store(out + 3, v3)
+    tl.store(out + 4, v4)
+    tl.store(out + 5, v5)
+    tl.store(out + 6, v6)
+    tl.store(out + 7, v7)
+    tl.store(out + 8, v8)
+    tl.store(out + 9, v9)
+    tl.store(out + 10, v10)
+    tl.store(out + 11, v11)
+    tl.store(out + 12, v12)
+    tl.store(out + 13, v13)
+    tl.store(out + 14, v14)
+    tl.store(out + 15, v15)
 
 
 def integers_on_device(values: Sequence[int], device: torch.device) -> Tensor:
@@ -136,9 +136,9 @@ def integers_on_device(values: Sequence[int], device: torch.device) -> Tensor:
 
     In a graph the values are part of the recording, as the addresses of its tensors are.
     """
-    out = torch.empty(len(values), dtype=torch.int64, device=device)
-    for start in range(0, len(values), _SLOTS):
-        some = list(values[start : start + _SLOTS])
-        slots = dict(zip((f"v{slot}" for slot in range(_SLOTS)), some + [0] * (_SLOTS - len(some)), strict=True))
-        launch(_write_integers, (1,), _WRITE, device, out=out[start:], count=len(some), **slots)
-    return out
+    padded = [*values, *[0] * (-len(values) % _SLOTS)]
+    out = torch.empty(len(padded), dtype=torch.int64, device=device)
+    for start in range(0, len(padded), _SLOTS):
+        slots = {f"v{slot}": value for slot, value in enumerate(padded[start : start + _SLOTS])}
+        launch(_write_integers, (1,), _WRITE, device, out=out[start:], **slots)
+    return out[: len(values)]

@@ -348,24 +348,23 @@ def _walk_kernel(near, counts, heads, owners, merged, length, LENGTH: tl.constex
         square = tl.load(
             near + row[:, None] * length + row[None, :], mask=(row[:, None] < count) & (row[None, :] < count), other=0
         )
-        words = tl.sum(square.to(tl.int64) << local[None, :].to(tl.int64), 1)
+        words = tl.sum(square.to(tl.int32) << local[None, :], 1)
         taken_here = (element >= start) & (element < start + 32) & (owner < LENGTH)
-        taken = tl.sum(tl.where(taken_here, tl.full([LENGTH], 1, tl.int64) << (element - start).to(tl.int64), 0), 0)
-        chosen = tl.zeros([], tl.int64)
+        taken = tl.sum(tl.where(taken_here, 1 << (element - start), 0), 0)
+        chosen = tl.zeros([], tl.int32)
         for step in tl.static_range(32):
             word = tl.sum(tl.where(local == step, words, 0), 0)
             bit = (((taken >> step) & 1) ^ 1) & ((word >> step) & 1)
             taken = taken | (word * bit)
             chosen = chosen | (bit << step)
-        is_head = ((chosen >> local.to(tl.int64)) & 1) != 0
+        is_head = ((chosen >> local) & 1) != 0
         rank = found + tl.cumsum(is_head.to(tl.int32), 0) - 1
         tl.store(heads + batch * length + rank, row, mask=is_head)
         found += tl.sum(is_head.to(tl.int32), 0)
-        bits = tl.load(
-            near + row[:, None] * length + element[None, :],
-            mask=is_head[:, None] & (element[None, :] < count), other=0,
-        )  # fmt: skip
-        owner = tl.minimum(owner, tl.min(tl.where(bits != 0, row[:, None], LENGTH), 0))
+        for step in tl.static_range(32):
+            read = count * ((chosen >> step) & 1)
+            bits = tl.load(near + (start + step) * length + element, mask=element < read, other=0)
+            owner = tl.where(bits != 0, tl.minimum(owner, start + step), owner)
     tl.store(owners + batch * length + element, owner, mask=element < length)
     tl.store(merged + batch, found)
 

@@ -67,13 +67,13 @@ def tile_scores(
 ):  # fmt: skip
     """Q K^T of a tile. The width is cut in two powers of two, so that 40 channels cost 48 and not 64."""
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    size: tl.constexpr = min(HEAD, CHUNK)
+    size: tl.constexpr = HEAD if HEAD < CHUNK else CHUNK
     for start in tl.static_range(0, HEAD, size):
         q = operand(query, row, rows, stride_qn, stride_qd, UNIT, start, size, WIDTH)
         k = operand(key, column, columns, stride_kn, stride_kd, UNIT, start, size, WIDTH)
         scores = dot(q, k.T, scores, PRECISION)
     if TAIL > 0:
-        rest: tl.constexpr = min(TAIL, CHUNK)
+        rest: tl.constexpr = TAIL if TAIL < CHUNK else CHUNK
         for start in tl.static_range(HEAD, HEAD + TAIL, rest):
             q = operand(query, row, rows, stride_qn, stride_qd, UNIT, start, rest, WIDTH)
             k = operand(key, column, columns, stride_kn, stride_kd, UNIT, start, rest, WIDTH)

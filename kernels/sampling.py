@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-GRID_WORDS = tl.constexpr(3)  # of a grid in a table: the offset of its sums in their buffer, height and width
-
 
 @triton.jit
 def taps(position, small, large):

@@ -21,9 +21,9 @@ from diffseg.kernels import aggregate, aot, cross, merge
 
 NETWORK = "SD 1.4 at 512"
 KERNELS = {
-    "_write_integers", "_tiles_kernel", "_logsumexps_kernel", "_rows_kernel", "_even_positions_kernel", "_terms_kernel",
-    "_products_kernel", "_bits_kernel", "_walk_kernel", "_means_kernel", "_label_kernel", "_present_kernel",
-    "_numbers_kernel", "_renumber_kernel", "_words_kernel",
+    "_write_integers", "_stretch_kernel", "_tiles_kernel", "_logsumexps_kernel", "_rows_kernel",
+    "_even_positions_kernel", "_terms_kernel", "_products_kernel", "_bits_kernel", "_walk_kernel", "_means_kernel",
+    "_label_kernel", "_present_kernel", "_numbers_kernel", "_renumber_kernel", "_words_kernel",
     "_upsample_words_kernel", "_mask_sums_kernel",
 }  # fmt: skip
 MATRIX = {"_tiles_kernel", "_logsumexps_kernel", "_products_kernel", "_means_kernel", "_words_kernel"}
@@ -44,6 +44,8 @@ def test_defaults_compile_without_spills(name: str, tmp_path: Path, monkeypatch:
     compiled = list(aot.compile_launches(launches, target))
     assert {each.name for each in compiled} == KERNELS
     for each in compiled:
+        if each.tile.get("GRIDS") and each.name == "_tiles_kernel":
+            assert "ld.global.v4.b32" in each.assembly, "stretched sums are not read as vectors"
         assert each.spilled == 0, each
         assert each.shared <= target.shared_limit, each
         if each.name in MATRIX:
@@ -57,9 +59,9 @@ def test_what_a_recorded_stage_launches() -> None:
     ]
     later_round = ["_terms_kernel", "_products_kernel", "_bits_kernel", "_walk_kernel", "_means_kernel"]
     assert [name for name in names if name != "_write_integers"] == [
-        *["_tiles_kernel"] * 4, "_even_positions_kernel", "_terms_kernel", "_products_kernel", "_bits_kernel",
-        "_means_kernel", *later_round, "_label_kernel",
-        "_present_kernel", "_numbers_kernel", "_renumber_kernel",
+        *["_tiles_kernel"] * 3, "_stretch_kernel", "_tiles_kernel", "_even_positions_kernel", "_terms_kernel",
+        "_products_kernel", "_bits_kernel", "_means_kernel", *later_round, "_label_kernel", "_present_kernel",
+        "_numbers_kernel", "_renumber_kernel",
     ]  # fmt: skip
 
 
@@ -82,6 +84,9 @@ def test_headers_state_the_costs_of_the_design() -> None:
     assert f"Q and K ({2 * number * heads * cells * width * 2 / 1e6:.0f} MB)" in tiles
     assert f"{2 * 128 * width * 2 / 1e3:.0f} KB a head" in tiles
     assert f"{pairs / 1e9:.2f} G exp2 and {2 * pairs * width / 1e9:.0f} GFLOP" in stated(aggregate._logsumexps_kernel)
+    lows = [(h, w) for _, (h, w), _, _ in layers[1:]]
+    reads, writes = sum((h * w) ** 2 * 4 for h, w in lows), sum(h * w * h * grid[1] * 4 for h, w in lows)
+    assert f"reads {reads / 1e6:.1f} MB, writes {writes / 1e6:.1f} MB" in stated(aggregate._stretch_kernel)
     maps = sum(number * heads * (h * w) ** 2 * 4 for number, (h, w), heads, _ in layers)
     assert f"reads {maps / 1e9:.1f} GB of maps" in stated(aggregate._rows_kernel)
 
