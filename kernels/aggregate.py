@@ -36,7 +36,7 @@ _TILES = {  # of A_f
     "interpreter": Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=1, num_stages=1),
     "sm_80": Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
     "sm_90": Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=3),
-    "sm_100": Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=3),
+    "sm_100": Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3),
     OTHER: Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=2),
 }
 _SMALL_TILES = {  # of the low-resolution sums, which are few, and of heads too wide for a large tile
@@ -50,7 +50,7 @@ _WIDE_TILES = {  # float32 operands
     "interpreter": Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=1, num_stages=1),
     "sm_90": Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2),
     "sm_100": Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2),
-    OTHER: Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1),
+    OTHER: Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=1),
 }
 _LARGEST_LARGE_TILE_WIDTH = 96
 _MANY_CELLS = 1024  # beyond this a map has large tiles enough to fill the GPU
@@ -321,7 +321,7 @@ def _sum_rows(
 
 def _row_config(longest: int, cells: int) -> Config:
     block = min(triton.next_power_of_2(cells), longest)
-    return Config({"BLOCK": block}, num_warps=max(1, block // 256), num_stages=1)
+    return Config({"BLOCK": block}, num_warps=max(1, block // 512), num_stages=1)
 
 
 def _stretch(output: Grid, table: Tensor, staged: _Staging) -> None:
@@ -521,7 +521,7 @@ def _row_block(
     source = base + index * stride_mq * UNIT + column.to(tl.int64)[None, :] * stride_mk
     for _ in range(heads):
         total += tl.load(source, mask=column[None, :] < cells, other=0.0).to(tl.float32)
-        source += stride_mh * UNIT
+        source += tl.cast(stride_mh, tl.int64) * UNIT
     return total
 
 

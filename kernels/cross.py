@@ -35,7 +35,7 @@ _WIDE_ROWS = {  # float32 operands
     "interpreter": Config({"BLOCK_M": 16}, num_warps=1, num_stages=1),
     "sm_90": Config({"BLOCK_M": 32}, num_warps=16, num_stages=1),
     "sm_100": Config({"BLOCK_M": 16}, num_warps=8, num_stages=1),
-    OTHER: Config({"BLOCK_M": 32}, num_warps=8, num_stages=1),
+    OTHER: Config({"BLOCK_M": 16}, num_warps=8, num_stages=1),
 }
 _PIXELS = {
     "interpreter": Config({"BLOCK": 64}, num_warps=1, num_stages=1),

@@ -67,7 +67,7 @@ def tile_scores(
 ):  # fmt: skip
     """Q K^T of a tile. The width is cut in two powers of two, so that 40 channels cost 48 and not 64."""
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    size: tl.constexpr = HEAD if HEAD < CHUNK else CHUNK
+    size: tl.constexpr = HEAD if HEAD < CHUNK else CHUNK  # Triton 3.2 has no min of constants
     for start in tl.static_range(0, HEAD, size):
         q = operand(query, row, rows, stride_qn, stride_qd, UNIT, start, size, WIDTH)
         k = operand(key, column, columns, stride_kn, stride_kd, UNIT, start, size, WIDTH)

@@ -8,6 +8,7 @@ so pytest does not collect this file by itself. By hand:
 
 from __future__ import annotations
 
+import mmap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -164,6 +165,13 @@ class TestAggregateMaps:
         found = diffseg.aggregate_maps(maps, grids=grids, backend="triton")
         expected = diffseg.aggregate_maps(as_double(maps), grids=grids, dtype=torch.float64, backend="reference")
         assert_same_attention(found, expected)
+
+    def test_heads_further_apart_than_32_bits_tell(self) -> None:
+        memory = mmap.mmap(-1, 2**33 + 64)  # of which two pages are touched
+        maps = torch.frombuffer(memory, dtype=torch.float16).as_strided((1, 2, 4, 4), (0, 2**32, 8, 1))
+        maps.copy_(torch.rand(maps.shape))
+        found = diffseg.aggregate_maps([maps], backend="triton")
+        assert_same_attention(found, diffseg.aggregate_maps([maps.double()], dtype=torch.float64, backend="reference"))
 
     def test_maps_averaged_over_heads_and_strided(self) -> None:
         maps = [torch.rand(2, 12, 24).transpose(1, 2)[:, ::2], torch.rand(2, 3, 3)]
