@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import multiprocessing
+import platform
 import subprocess
 import sys
 import textwrap
@@ -642,6 +643,27 @@ def test_small_inputs_of_every_op(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     small.main()
     assert {op for name, op in called if name == "cpu"} == set(OPS)
     assert capsys.readouterr().out == "cpu: every result is right\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n",
+            "AMD EPYC, cpu family 25, model 17",
+        ),
+        ("processor\t: 0\nBogoMIPS\t: 243.75\n", platform.machine()),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: str
+) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(text)
+    monkeypatch.setattr(ceilings, "_CPUINFO", path)
+    ceilings._processor.cache_clear()
+    assert ceilings.machine(CPU)["processor"] == expected
+    ceilings._processor.cache_clear()
 
 
 def test_the_pytest_entry_lists_the_same_rows() -> None:

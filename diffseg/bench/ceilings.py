@@ -18,6 +18,8 @@ from .cost import Ceilings
 from .timing import elapsed
 
 _SECONDS = 0.3  # of measuring each ceiling
+_CPUINFO = Path("/proc/cpuinfo")
+_IDENTITY = ("model name", "cpu family", "model")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -137,12 +139,14 @@ class _tf32:  # noqa: N801  (a context manager)
 
 @functools.cache
 def _processor() -> str:
+    """Its name and, on x86, family and model: on virtual machines several generations have one name."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = _CPUINFO.read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    parts = (f"{each} {said[each]}".removeprefix("model name ") for each in _IDENTITY if said.get(each))
+    return ", ".join(parts) or platform.machine()
 
 
 def _isa() -> str:
