@@ -321,7 +321,7 @@ def _sum_rows(
 
 def _row_config(longest: int, cells: int) -> Config:
     block = min(triton.next_power_of_2(cells), longest)
-    return Config({"BLOCK": block}, num_warps=max(1, block // 512), num_stages=1)
+    return Config({"BLOCK": block}, num_warps=max(1, block // 256), num_stages=1)
 
 
 def _stretch(output: Grid, table: Tensor, staged: _Staging) -> None:

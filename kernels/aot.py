@@ -79,6 +79,11 @@ class Compiled(NamedTuple):
     shared: int
     assembly: str
 
+    @property
+    def stores(self) -> bool:
+        """False where the compiler ran out of tensor memory: it leaves a kernel that does nothing."""
+        return re.search(r"st\.global|(global|buffer)_store", self.assembly) is not None
+
 
 def record(
     network: Network, dtype: torch.dtype, logsumexps: bool, target: Target, *, anchors: int = 16
@@ -240,6 +245,8 @@ def report(targets: Sequence[str], networks: Sequence[str], dtypes: Sequence[tor
             print(f"{line}{each.registers!s:>10}{each.spilled!s:>8}{each.shared:8}")
             if each.spilled or each.shared > target.shared_limit:
                 wrong.append(f"{name} {each.name} {tile}: {each.spilled} bytes spilled, {each.shared} bytes shared")
+            if not each.stores:
+                wrong.append(f"{name} {each.name} {tile}: stores nothing")
     return wrong
 
 
@@ -254,7 +261,9 @@ def main() -> None:
     arguments = parser.parse_args()
     wrong = report(arguments.target, arguments.network, [getattr(torch, name) for name in arguments.dtype])
     if wrong:
-        raise SystemExit("\n".join(["", "no configuration may spill or exceed the shared memory:", *wrong]))
+        raise SystemExit(
+            "\n".join(["", "no configuration may spill, exceed the shared memory or store nothing:", *wrong])
+        )
 
 
 if __name__ == "__main__":

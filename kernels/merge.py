@@ -35,7 +35,7 @@ _PRODUCTS = {
     "interpreter": Config({"BLOCK_P": 16, "BLOCK_F": 16, "BLOCK_N": 32}, num_warps=1, num_stages=1),
     "sm_80": Config({"BLOCK_P": 128, "BLOCK_F": 64, "BLOCK_N": 16}, num_warps=8, num_stages=3),
     "sm_90": Config({"BLOCK_P": 128, "BLOCK_F": 128, "BLOCK_N": 32}, num_warps=8, num_stages=3),
-    "sm_100": Config({"BLOCK_P": 128, "BLOCK_F": 128, "BLOCK_N": 32}, num_warps=8, num_stages=3),
+    "sm_100": Config({"BLOCK_P": 128, "BLOCK_F": 64, "BLOCK_N": 32}, num_warps=8, num_stages=3),
     OTHER: Config({"BLOCK_P": 64, "BLOCK_F": 64, "BLOCK_N": 16}, num_warps=4, num_stages=2),
 }
 _BITS = {

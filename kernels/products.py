@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dot, exact_precision
+from .launch import dot, exact_precision, generation
 
 
 def common_unit(tensors: Sequence[Tensor]) -> int:
@@ -32,8 +32,9 @@ def product_constants(query: Tensor) -> dict[str, Any]:
     if head < 16 or tail == head:
         head, tail = max(16, triton.next_power_of_2(width)), 0
     single = query.dtype == torch.float32
+    chunk = 32 if generation(query.device) == "sm_100" else 16  # there each product of a tile takes tensor memory
     return {
-        "WIDTH": width, "HEAD": head, "TAIL": tail, "CHUNK": 16 if single else 128,
+        "WIDTH": width, "HEAD": head, "TAIL": tail, "CHUNK": chunk if single else 128,
         "PRECISION": exact_precision() if single else None,
     }  # fmt: skip
 

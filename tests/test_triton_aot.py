@@ -46,6 +46,7 @@ def test_defaults_compile_without_spills(name: str, tmp_path: Path, monkeypatch:
     for each in compiled:
         if each.tile.get("GRIDS") and each.name == "_tiles_kernel":
             assert "ld.global.v4.b32" in each.assembly, "stretched sums are not read as vectors"
+        assert each.stores, f"{each.name} {each.tile}: compiled to nothing"
         assert each.spilled == 0, each
         assert each.shared <= target.shared_limit, each
         if each.name in MATRIX:
