@@ -72,9 +72,9 @@ MEASURED = {  # rows of the README's tables: which of those of this name, the fi
 }
 
 
-def measured(suffix: str, name: str) -> tuple[dict, dict]:
+def measured(suffix: str, name: str, machine: str = "epyc") -> tuple[dict, dict]:
     """The C++ kernels and their baseline in a row of the committed results."""
-    (path,) = RESULTS.glob(f"cpu-*-????-??-??{suffix}.json")
+    (path,) = RESULTS.glob(f"cpu-{machine}-????-??-??{suffix}.json")
     (row,) = (row for row in json.loads(path.read_text())["rows"] if row["name"].startswith(f"{name} "))
     by_name = {each["name"]: each for each in row["contenders"]}
     subject = by_name.get("cpu") or next(each for each in row["contenders"] if each["role"] == "subject")
@@ -120,9 +120,16 @@ def test_figures_in_the_text_are_as_measured():
     assert f"it is {median} times ({low} to {high}) as fast as a loop" in text
     held, loop = (report.amount(each["memory_bytes"]) for each in (subject, baseline))
     assert f"holds {held} in place of {loop.removesuffix(' MiB')} (" in text
-    (path,) = RESULTS.glob("cpu-*-????-??-??-sd14-ops.json")
+    (path,) = RESULTS.glob("cpu-epyc-????-??-??-sd14-ops.json")
     limits = json.loads(path.read_text())["ceilings"]
     products, exponentials = limits["products"]["float32"] / 1e9, limits["exponentials"] / 1e9
     assert f"{products:.0f} GFLOP/s and {exponentials:.0f} G exponentials/s" in text
     shares = [measured("-sd14-ops", name)[0]["floor_share"] for name in ("aggregate sd14", "maps sd14")]
     assert f"`aggregate` uses {shares[0]:.0%}; `aggregate_maps` uses {shares[1]:.0%}" in text.replace(" %", "%")
+
+
+def test_the_other_machine_is_as_measured():
+    found = [measured(*row, machine="zen4")[0]["times_faster"]["median"] for row in MEASURED.values()]
+    *firsts, first, a, b, c, d = map(report.factor, found)
+    text = " ".join(README.split())
+    assert f"{', '.join(firsts)} and {first} times faster, those of the second {a}, {b}, {c} and {d} times" in text
