@@ -115,9 +115,8 @@ def _numbers_kernel(numbers, segments, length, LENGTH: tl.constexpr):
     """
     batch = tl.program_id(0).to(tl.int64)
     bins = tl.arange(0, LENGTH)
-    occurs = tl.load(numbers + batch * length + bins, mask=bins < length, other=0).to(
-        tl.int64
-    )  # as an interpreter adds them
+    occurs = tl.load(numbers + batch * length + bins, mask=bins < length, other=0)
+    occurs = occurs.to(tl.int64)  # as the interpreter of Triton 3.2 adds them
     smaller = tl.cumsum(occurs, 0) - occurs
     tl.store(numbers + batch * length + bins, smaller.to(tl.int32), mask=bins < length)
     tl.store(segments + batch, tl.sum(occurs, 0).to(tl.int32))

@@ -72,3 +72,16 @@ def distances(first: Tensor, second: Tensor) -> Tensor:
     first, second = first.double().clamp_min(1e-30), second.double().clamp_min(1e-30)
     difference = first[:, :, None] - second[:, None]
     return (difference * (first.log()[:, :, None] - second.log()[:, None])).sum(-1) / 2
+
+
+def assert_numbered_as_the_reference(
+    backend: str, length: int, size: tuple[int, int], device: str = "cpu", *, batch: int = 2
+) -> None:
+    """Labels below ``length``, some of which do not occur, contiguous and not."""
+    generator = torch.Generator(device).manual_seed(length)
+    labels = torch.randint(0, length, (batch, *size), dtype=torch.int32, device=device, generator=generator) // 3 * 2
+    expected, strided = labels.clone(), labels.mT.contiguous().mT
+    segments = torch.ops.diffseg.renumber(expected, length, "reference")
+    for given in (labels, strided):
+        assert torch.equal(torch.ops.diffseg.renumber(given, length, backend), segments)
+        assert torch.equal(given, expected)

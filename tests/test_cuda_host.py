@@ -28,6 +28,7 @@ import torch
 from contract import (
     as_double,
     assert_layers_without_a_share_are_not_read,
+    assert_numbered_as_the_reference,
     assert_same_attention,
     distances,
     logsumexps_of,
@@ -443,13 +444,7 @@ class TestLabel:
 
     @pytest.mark.parametrize(("length", "size"), [(1, (3, 3)), (33, (9, 11)), (256, (64, 70)), (1024, (40, 60))])
     def test_numbering_equals_the_reference(self, length: int, size: tuple[int, int]) -> None:
-        generator = torch.Generator().manual_seed(length)
-        labels = torch.randint(0, length, (2, *size), dtype=torch.int32, generator=generator) // 3 * 2
-        expected, strided = labels.clone(), labels.mT.contiguous().mT
-        segments = torch.ops.diffseg.renumber(expected, length, "reference")
-        for given in (labels, strided):
-            assert torch.equal(torch.ops.diffseg.renumber(given, length, "cuda"), segments)
-            assert torch.equal(given, expected)
+        assert_numbered_as_the_reference("cuda", length, size)
 
 
 def check_words(queries: Sequence[Tensor], keys: Sequence[Tensor], **options: Any) -> Tensor:

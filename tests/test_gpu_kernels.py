@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from contract import assert_layers_without_a_share_are_not_read
+from contract import assert_layers_without_a_share_are_not_read, assert_numbered_as_the_reference
 from torch import Tensor
 
 import diffseg
@@ -184,13 +184,7 @@ def test_labels_agree_with_the_oracle(backend: str, network: str, rule: Any) -> 
 @pytest.mark.parametrize("size", [(512, 512), (3, 5), (333, 517)])
 @pytest.mark.parametrize("length", [1, 33, 256, 1024])
 def test_numbering_equals_the_reference(backend: str, size: tuple[int, int], length: int) -> None:
-    generator = torch.Generator("cuda").manual_seed(length)
-    labels = torch.randint(0, length, (3, *size), dtype=torch.int32, device="cuda", generator=generator)
-    labels -= labels % 3 * (labels % 3 < labels)
-    expected = labels.clone()
-    segments = torch.ops.diffseg.renumber(expected, length, "reference")
-    assert torch.equal(torch.ops.diffseg.renumber(labels, length, backend), segments)
-    assert torch.equal(labels, expected)
+    assert_numbered_as_the_reference(backend, length, size, "cuda", batch=3)
 
 
 @pytest.mark.parametrize("rule", ["paper", "official"])

@@ -372,8 +372,9 @@ class Suite:
             return words([[each.double() for each in tensors] for tensors in (case.queries, text)], "reference")
 
         def renumbered(given: torch.Tensor, name: str) -> torch.Tensor:
-            torch.ops.diffseg.renumber(given, proposals.maps.shape[1], name)
-            return given
+            numbered = given.clone()  # the op writes into its argument
+            torch.ops.diffseg.renumber(numbered, proposals.maps.shape[1], name)
+            return numbered
 
         op: dict[str, tuple[Any, Callable[[Any, str], Any], Any]] = {
             "aggregate": (
@@ -398,7 +399,7 @@ class Suite:
                 lambda given, name: ops.label(given, row.size, backend=name),
                 gates.label_gate(proposals, row.size),
             ),
-            "renumber": (labels, renumbered, gates.entries_gate(lambda: renumbered(labels.clone(), "reference"))),
+            "renumber": (labels, renumbered, gates.entries_gate(lambda: renumbered(labels, "reference"))),
             "aggregate_cross": ((case.queries, text), words, gates.entries_gate(maps)),
             "score_masks": (
                 maps().float(),
