@@ -92,13 +92,18 @@ class AttentionRecord:
         """Path of each Attention module in the UNet."""
         return [layer.name for layer in self._settled()]
 
-    def aggregate(self, **options: Any) -> Tensor:
+    def aggregate(self, *, images: slice | None = None, **options: Any) -> Tensor:
         """A_f [B, N, N] of the recorded self-attention: :func:`diffseg.aggregate` with ``options``, such as weights.
 
-        Its ``grid`` is :attr:`output_grid` unless another is given.
+        Its ``grid`` is :attr:`output_grid` unless another is given. ``images`` are those of the batch that it is made
+        of; None: all.
         """
+        queries, keys, logsumexps = self.queries, self.keys, self.logsumexps
+        if images is not None:
+            queries, keys = [each[images] for each in queries], [each[images] for each in keys]
+            logsumexps = logsumexps and [each[images] for each in logsumexps]
         return ops.aggregate(
-            self.queries, self.keys, grids=self.grids, scales=self.scales, logsumexps=self.logsumexps,
+            queries, keys, grids=self.grids, scales=self.scales, logsumexps=logsumexps,
             **{"grid": self.output_grid, **options},
         )  # fmt: skip
 

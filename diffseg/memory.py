@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def attention_memory(like: Tensor, grid: Grid) -> Iterator[Tensor | None]:
 
     None where ``like`` is not an ordinary tensor on a CPU: on a GPU PyTorch itself keeps memory.
     """
-    if like.device.type != "cpu" or type(like) is not Tensor:
+    if not _is_kept(like):
         yield None
         return
     shape = (len(like), math.prod(grid), math.prod(grid))
@@ -38,6 +38,32 @@ def attention_memory(like: Tensor, grid: Grid) -> Iterator[Tensor | None]:
         yield memory[: math.prod(shape)].view(shape)
     finally:
         _keep(memory)
+
+
+def in_parts(
+    work: Callable[[slice | None, Tensor | None], tuple[Tensor, ...]], like: Tensor, grid: Grid
+) -> tuple[Tensor, ...]:
+    """What ``work`` makes of a batch as large as ``like``'s; on a CPU of as many images at a time as fit what is kept.
+
+    There new memory for a large batch's A_f takes longer than all that is done with it.
+
+    Args:
+        work: from which images (None: all), and memory for their A_f over ``grid`` or None, to tensors [B, ...].
+    """
+    if torch.compiler.is_compiling():
+        return work(None, None)
+    images = len(like)
+    parts = -(-images // max(1, _MOST_KEPT // (4 * math.prod(grid) ** 2))) if _is_kept(like) else 1
+    if parts == 1:
+        with attention_memory(like, grid) as memory:
+            return work(None, memory)
+    size = -(-images // parts)
+    found = []
+    for start in range(0, images, size):
+        part = slice(start, start + size)
+        with attention_memory(like[part], grid) as memory:
+            found.append(work(part, memory))
+    return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
 def available(device: torch.device) -> float:
@@ -60,6 +86,10 @@ def release() -> None:
     """Frees the buffers that no call is using."""
     with _lock:
         _kept.clear()
+
+
+def _is_kept(like: Tensor) -> bool:
+    return like.device.type == "cpu" and type(like) is Tensor
 
 
 def _take(length: int) -> Tensor:

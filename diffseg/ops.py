@@ -34,11 +34,31 @@ from .checks import (
     plain,
 )
 from .library import ops as operators
-from .memory import attention_memory
+from .memory import in_parts
 from .reference import Grid
 
 Rule = Literal["paper", "official"]
 Weights = str | Sequence[float]
+
+
+class _Layers(NamedTuple):
+    """What the operators take of the layers of a UNet."""
+
+    queries: list[Tensor]
+    keys: list[Tensor]
+    grids: list[int]  # flat
+    scales: list[float]
+    logsumexps: list[Tensor] | None
+    ratios: list[float]
+    grid: Grid  # of A_f
+
+    def of(self, images: slice | None) -> _Layers:
+        """Those of some images of the batch; None: of all."""
+        if images is None:
+            return self
+        queries, keys = ([each[images] for each in layers] for layers in (self.queries, self.keys))
+        logsumexps = self.logsumexps and [each[images] for each in self.logsumexps]
+        return self._replace(queries=queries, keys=keys, logsumexps=logsumexps)
 
 
 class Proposals(NamedTuple):
@@ -89,46 +109,12 @@ def aggregate(
         ValueError, TypeError: naming the argument, what was expected and what came; ValueError on a CPU if the
             attention of a layer is not finite, naming the layer.
     """
-    check_layers("queries", queries, dimensions=("batch", "heads", "n", "d"))
-    check_layers("keys", keys, dimensions=("batch", "heads", "n", "d"))
-    check_length("keys", keys, len(queries))
-    first = queries[0]
-    for layer, (query, key) in enumerate(zip(queries, keys, strict=True)):
-        if key.shape != query.shape:
-            raise ValueError(
-                f"keys[{layer}]: expected the shape of queries[{layer}], {list(query.shape)}, got {list(key.shape)}"
-            )
-        check_alike(f"queries[{layer}]", query, first)
-        check_alike(f"keys[{layer}]", key, first)
-    grids = check_grids(grids, [query.shape[2] for query in queries])
-    scales = _check_scales(scales, queries)
-    if logsumexps is not None:
-        check_layers("logsumexps", logsumexps, dimensions=("batch", "heads", "n"))
-        check_length("logsumexps", logsumexps, len(queries))
-        for layer, (logsumexp, query) in enumerate(zip(logsumexps, queries, strict=True)):
-            if logsumexp.shape != query.shape[:3] or logsumexp.device != query.device:
-                raise ValueError(
-                    f"logsumexps[{layer}]: expected {list(query.shape[:3])} on {query.device}, "
-                    f"got {list(logsumexp.shape)} on {logsumexp.device}"
-                )
     check_storage_dtype("dtype", dtype)
-    ratios = resolve_weights(weights, grids)
-    grid = check_output_grid(grid, grids)
+    layers = _checked_layers(queries, keys, grids, scales, logsumexps, weights, grid)
     check_name(backend)
-    layers = (
-        list(queries),
-        list(keys),
-        _flat(grids),
-        scales,
-        None if logsumexps is None else list(logsumexps),
-        ratios,
-        grid,
-    )
-    if out is None:
-        return operators.aggregate(*layers, dtype, backend)
-    check_out(out, len(first), grid, dtype, first.device)
-    operators.aggregate_into(*layers, out, backend)
-    return out
+    if out is not None:
+        check_out(out, len(queries[0]), layers.grid, dtype, queries[0].device)
+    return _aggregated(layers, dtype, backend, out)
 
 
 def aggregate_maps(
@@ -370,7 +356,7 @@ def segment(
     """Segments from queries and keys: :func:`aggregate`, :func:`merge` and :func:`label`, numbered without gaps.
 
     Arguments as in those ops; ``refine=True`` adds :func:`refine` before the labels. On a CPU the memory of A_f is kept
-    for the next call, at most 256 MiB of it.
+    for the next call, at most 256 MiB of it, and batches that need more are segmented in parts.
 
     Returns:
         int32 [B, H, W], labels 0..S-1 without gaps.
@@ -382,27 +368,21 @@ def segment(
     check_thresholds(threshold, iterations)
     check_rule(rule)
     check_bool("refine", refine)
-    check_layers("queries", queries, dimensions=("batch", "heads", "n", "d"))
-    grid = check_output_grid(grid, check_grids(grids, [query.shape[2] for query in queries]))
-    anchors = anchor_indices(grid, anchors)
+    layers = _checked_layers(queries, keys, grids, scales, logsumexps, weights, grid)
+    anchors = anchor_indices(layers.grid, anchors)
+    check_name(backend)
 
-    def proposed(out: Tensor | None) -> Proposals:
-        attention = aggregate(
-            queries, keys, grids=grids, scales=scales, logsumexps=logsumexps, weights=weights, backend=backend,
-            out=out, grid=grid,
-        )  # fmt: skip
+    def proposed(images: slice | None, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        attention = _aggregated(layers.of(images), torch.float32, backend, out)
         found = merge(
-            attention, grid=grid, anchors=anchors, iterations=iterations, threshold=threshold, rule=rule,
+            attention, grid=layers.grid, anchors=anchors, iterations=iterations, threshold=threshold, rule=rule,
             backend=backend,
         )  # fmt: skip
-        return _refine(attention, found) if refine else found
+        maps, counts, _ = _refine(attention, found) if refine else found
+        return maps, counts
 
-    if torch.compiler.is_compiling():
-        proposals = proposed(None)
-    else:
-        with attention_memory(queries[0], grid) as out:
-            proposals = proposed(out)
-    return numbered_labels(proposals, size, backend=backend)[0]
+    maps, counts = in_parts(proposed, queries[0], layers.grid)
+    return numbered_labels(Proposals(maps, counts, layers.grid), size, backend=backend)[0]
 
 
 def numbered_labels(proposals: Proposals, size: Grid, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -458,6 +438,52 @@ def resolve_weights(weights: Weights, grids: Sequence[Grid]) -> list[float]:
     largest = max(shares)  # by which the sum stays finite
     total = sum(share / largest for share in shares)
     return [share / largest / total for share in shares]
+
+
+def _checked_layers(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    grids: Sequence[Grid] | None,
+    scales: Sequence[float] | None,
+    logsumexps: Sequence[Tensor] | None,
+    weights: Weights,
+    grid: Grid | None,
+) -> _Layers:
+    """The arguments of :func:`aggregate`, checked."""
+    check_layers("queries", queries, dimensions=("batch", "heads", "n", "d"))
+    check_layers("keys", keys, dimensions=("batch", "heads", "n", "d"))
+    check_length("keys", keys, len(queries))
+    first = queries[0]
+    for layer, (query, key) in enumerate(zip(queries, keys, strict=True)):
+        if key.shape != query.shape:
+            raise ValueError(
+                f"keys[{layer}]: expected the shape of queries[{layer}], {list(query.shape)}, got {list(key.shape)}"
+            )
+        check_alike(f"queries[{layer}]", query, first)
+        check_alike(f"keys[{layer}]", key, first)
+    grids = check_grids(grids, [query.shape[2] for query in queries])
+    scales = _check_scales(scales, queries)
+    if logsumexps is not None:
+        check_layers("logsumexps", logsumexps, dimensions=("batch", "heads", "n"))
+        check_length("logsumexps", logsumexps, len(queries))
+        for layer, (logsumexp, query) in enumerate(zip(logsumexps, queries, strict=True)):
+            if logsumexp.shape != query.shape[:3] or logsumexp.device != query.device:
+                raise ValueError(
+                    f"logsumexps[{layer}]: expected {list(query.shape[:3])} on {query.device}, "
+                    f"got {list(logsumexp.shape)} on {logsumexp.device}"
+                )
+    ratios = resolve_weights(weights, grids)
+    grid = check_output_grid(grid, grids)
+    logsumexps = None if logsumexps is None else list(logsumexps)
+    return _Layers(list(queries), list(keys), _flat(grids), scales, logsumexps, ratios, grid)
+
+
+def _aggregated(layers: _Layers, dtype: torch.dtype, backend: str, out: Tensor | None) -> Tensor:
+    if out is None:
+        attention: Tensor = operators.aggregate(*layers, dtype, backend)
+        return attention
+    operators.aggregate_into(*layers, out, backend)
+    return out
 
 
 def _token_shares(tokens: Any, batch_size: int, length: int, device: torch.device) -> Tensor:

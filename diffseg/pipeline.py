@@ -19,7 +19,7 @@ from . import backends, memory, ops, semantics
 from . import images as image_io
 from .capture import AttentionRecord, attention_grid, count_layers, moves_weights, record_pass
 from .checks import check_bool, check_integer, check_pair, check_rule, check_thresholds, check_weight_scheme, plain
-from .memory import attention_memory
+from .memory import in_parts
 from .ops import Proposals, Rule, Weights
 from .recorded import (
     Options,
@@ -516,10 +516,10 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         """The proposals of a batch of latents, and whether each image's attention is finite, bool [B]."""
         record = self._record(latents, options, clock, compiled=compiled)
         grid = record.output_grid
-        with attention_memory(latents, grid) as out:
+
+        def proposed(images: slice | None, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
             with clock("aggregate"):
-                attention = _aggregated(record, options, out)
-            del record  # queries and keys
+                attention = _aggregated(record, options, images, out)
             with clock("merge"):
                 proposals = ops.merge(
                     attention,
@@ -534,7 +534,10 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             if refine:
                 with clock("refine"):
                     proposals = ops.refine(attention, proposals)
-        return proposals, finite
+            return proposals.maps, proposals.counts, finite
+
+        maps, counts, finite = in_parts(proposed, latents, grid)
+        return Proposals(maps, counts, grid), finite
 
     def _record(
         self, latents: Tensor, options: Options, clock: "_StageClock", *, compiled: bool = False
@@ -712,10 +715,12 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         return (max(sample_size) if isinstance(sample_size, Sequence) else sample_size) * self.vae_scale_factor
 
 
-def _aggregated(record: AttentionRecord, options: Options, out: Tensor | None = None) -> Tensor:
+def _aggregated(
+    record: AttentionRecord, options: Options, images: slice | None = None, out: Tensor | None = None
+) -> Tensor:
     """A_f [B, N, N] of the recorded layers, which may be the first of those that have weights."""
     weights = options.weights if isinstance(options.weights, str) else options.weights[: len(record.grids)]
-    return record.aggregate(weights=weights, backend=options.backend, out=out)
+    return record.aggregate(images=images, weights=weights, backend=options.backend, out=out)
 
 
 def _finite(attention: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
 """Memory of A_f that is kept between calls: nobody sees another's, and nobody holds more than is said."""
 
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
+from pipelines import picture, quiet
 
 import diffseg
-from diffseg import memory
+from diffseg import memory, testing
 from diffseg.memory import attention_memory
+from diffseg.pipeline import DiffSegPipeline
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +89,54 @@ def test_others_have_none(make):
     with attention_memory(make(), (2, 2)) as found:
         assert found is None
     assert kept() == []
+
+
+def held_a_pass(monkeypatch, images):
+    """Lets a CPU keep A_f of so many images over 16 x 16 cells, and notes the shapes that it is asked for."""
+    monkeypatch.setattr(memory, "_MOST_KEPT", images * 4 * 256**2)
+    asked = []
+
+    @contextmanager
+    def noted(like, grid):
+        with attention_memory(like, grid) as found:
+            asked.append(list(found.shape))
+            yield found
+
+    monkeypatch.setattr(memory, "attention_memory", noted)
+    return asked
+
+
+def test_a_large_batch_is_segmented_in_equal_parts(monkeypatch, layers):
+    scene = layers([(16, 16), (8, 8)], batch=5, dtype=torch.float32)
+    logsumexps = [
+        torch.logsumexp(query @ key.mT * query.shape[3] ** -0.5, -1)
+        for query, key in zip(scene.queries, scene.keys, strict=True)
+    ]
+
+    def segment(keys=scene.keys):
+        return diffseg.segment(scene.queries, keys, (32, 32), logsumexps=logsumexps, anchors=4, threshold=0.4)
+
+    expected = segment()
+    asked = held_a_pass(monkeypatch, 4)
+    assert torch.equal(segment(), expected)
+    assert asked == [[3, 256, 256], [2, 256, 256]]
+    asked = held_a_pass(monkeypatch, 0)  # not even one image's
+    assert torch.equal(segment(), expected)
+    assert asked == [[1, 256, 256]] * 5
+    asked.clear()
+    with pytest.raises(ValueError, match=r"keys\[1\]: expected the shape of queries\[1\]"):
+        segment([scene.keys[0], scene.keys[1][:4]])
+    assert asked == []
+
+
+def test_a_large_batch_of_a_pipeline_is_segmented_in_equal_parts(monkeypatch):
+    pipe = quiet(DiffSegPipeline(testing.tiny_unet("sd1", in_channels=3, out_channels=3), threshold=0.01))
+    images = [picture(16, 16, seed) for seed in range(3)]
+    expected = pipe(images, batch_size=3, refine=True).labels
+    asked = held_a_pass(monkeypatch, 2)
+    found = pipe(images, batch_size=3, refine=True).labels
+    assert all((one == other).all() for one, other in zip(found, expected, strict=True))
+    assert asked == [[2, 256, 256], [1, 256, 256]]
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
