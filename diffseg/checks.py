@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
+from operator import index
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ def check_alike(name: str, tensor: Tensor, first: Tensor) -> None:
 
 def check_grids(grids: Sequence[Grid] | None, cells: Sequence[int], name: str = "grids") -> list[Grid]:
     """One (h, w) a layer, each h * w = n."""
+    cells = [index(n) for n in cells]
     if grids is None:
         checked = [(math.isqrt(n), math.isqrt(n)) for n in cells]
     else:
@@ -95,7 +97,7 @@ def check_pair(name: str, pair: Any) -> Grid:
         raise TypeError(f"{name}: expected (height, width), got {describe(pair)}")
     for side in sides:
         check_integer(name, side, 1)
-    return int(sides[0]), int(sides[1])
+    return index(sides[0]), index(sides[1])
 
 
 def check_integer(name: str, value: Any, smallest: int, largest: int | None = None) -> None:

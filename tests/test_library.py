@@ -78,6 +78,20 @@ def test_segment_compiles_into_one_graph(options):
     assert torch.equal(compiled(*other), segment(*other))
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("explicit", [False, True], ids=["square", "grids"])
+def test_other_sizes_compile_into_one_graph_each(explicit, dynamic):
+    def segment(queries, keys, grids, image):
+        return diffseg.segment(queries, keys, image.shape, grids=grids, anchors=2, threshold=0.3)
+
+    compiled = torch.compile(segment, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for side in (8, 6, 10):
+        grids = [(side, side - explicit), (side // 2, 3 if explicit else side // 2)]
+        queries, keys = layers(grids=grids, depth=side)
+        arguments = queries, keys, grids if explicit else None, torch.empty(2 * side, 3 * side)
+        assert torch.equal(compiled(*arguments), segment(*arguments))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_aggregating_into_a_tensor_gives_the_same_and_no_other(backend, dtype):
