@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
-from operator import index
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def check_alike(name: str, tensor: Tensor, first: Tensor) -> None:
 
 def check_grids(grids: Sequence[Grid] | None, cells: Sequence[int], name: str = "grids") -> list[Grid]:
     """One (h, w) a layer, each h * w = n."""
-    cells = [index(n) for n in cells]
+    cells = [operator.index(n) for n in cells]
     if grids is None:
         checked = [(math.isqrt(n), math.isqrt(n)) for n in cells]
     else:
@@ -97,11 +97,11 @@ def check_pair(name: str, pair: Any) -> Grid:
         raise TypeError(f"{name}: expected (height, width), got {describe(pair)}")
     for side in sides:
         check_integer(name, side, 1)
-    return index(sides[0]), index(sides[1])
+    return operator.index(sides[0]), operator.index(sides[1])
 
 
 def check_integer(name: str, value: Any, smallest: int, largest: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {describe(value)}")
     if int(value) < smallest or (largest is not None and int(value) > largest):
         expected = f"at least {smallest}" if largest is None else f"{smallest} to {largest}"

@@ -156,7 +156,14 @@ def _merge_fake(attention: Tensor, grid: list[int], anchors: list[int], *_: Any)
     return maps, attention.new_empty(attention.shape[0], dtype=torch.int32)
 
 
+def _check_counts(maps: Tensor, counts: Tensor) -> None:
+    """On a CPU, where the values are at hand; here and not in the ops, which compilers trace without values."""
+    if counts.device.type == "cpu" and not bool(((counts >= 1) & (counts <= maps.shape[1])).all()):
+        raise ValueError(f"proposals.counts: expected 1 to {maps.shape[1]}, got {counts.tolist()}")
+
+
 def _label(maps: Tensor, counts: Tensor, grid: list[int], size: list[int], backend: str) -> Tensor:
+    _check_counts(maps, counts)
     run = backends.implementation(backend, "label", maps.device, maps.dtype)
     return run(maps, counts, tuple(grid), tuple(size))
 
@@ -175,6 +182,7 @@ def _renumber_fake(labels: Tensor, _length: int, _backend: str) -> Tensor:
 
 
 def _refine(attention: Tensor, maps: Tensor, counts: Tensor, max_iterations: int) -> tuple[Tensor, Tensor]:
+    _check_counts(maps, counts)
     return reference.refine(attention, maps, counts, max_iterations)
 
 

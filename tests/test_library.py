@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+from torch.utils._pytree import tree_map
 
 import diffseg
 
@@ -148,6 +151,42 @@ def test_compiled_bad_input_is_refused_as_it_is_eagerly():
         compiled(queries, keys)
 
 
+def test_compiled_counts_beyond_the_maps_are_refused():
+    maps = torch.rand(2, 3, 48)
+    compiled = torch.compile(
+        lambda counts: diffseg.label(diffseg.Proposals(maps, counts, (8, 6)), (9, 7)),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert compiled(torch.tensor([3, 1], dtype=torch.int32)).max() < 3
+    with pytest.raises(ValueError, match=r"proposals.counts: expected 1 to 3, got \[3, 4\]"):
+        compiled(torch.tensor([3, 4], dtype=torch.int32))
+
+
+def test_fake_tensors_have_the_shapes_of_real_ones(inputs):
+    expected = results(inputs, "auto")
+    with FakeTensorMode() as mode:
+        fakes = results(tree_map(mode.from_tensor, inputs), "auto")
+    assert [(each.shape, each.dtype) for each in fakes] == [(each.shape, each.dtype) for each in expected]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_the_size_of_an_image(strict):
+    class Segmenter(torch.nn.Module):
+        def forward(self, queries, keys, image):
+            return diffseg.segment([queries], [keys], image.shape, grids=[(8, 6)], anchors=4, threshold=0.3)
+
+    (query, _), (key, _) = layers()
+    sizes = {0: Dim.AUTO, 1: Dim.AUTO}
+    arguments = query, key, torch.empty(20, 14)
+    program = torch.export.export(
+        Segmenter(), arguments, strict=strict, dynamic_shapes=({0: Dim("batch")}, {0: Dim("batch")}, sizes)
+    )
+    one = query[:1], key[:1], arguments[2]
+    for given in (arguments, one):
+        assert torch.equal(program.module()(*given), Segmenter()(*given))
+
+
 def test_gradients_are_refused():
     queries, keys = layers()
     queries[1].requires_grad_()
@@ -180,7 +219,7 @@ def results(inputs, backend):
         *diffseg.refine(attention, proposals)[:2],
         labels,
         words,
-        diffseg.score_masks(words, labels, backend=backend),
+        diffseg.score_masks(words, labels, masks=9, backend=backend),
         diffseg.segment(queries, keys, (16, 12), anchors=3, threshold=0.02, **options),
     ]
 
