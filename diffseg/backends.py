@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from .reference import Grid
 
 OPS = ("aggregate", "aggregate_maps", "merge", "label", "renumber", "aggregate_cross", "score_masks")
 
@@ -38,8 +40,9 @@ class Backend:
         """Whether ``op`` runs here on tensors of ``dtype`` on ``device``; or raises a ValueError that says why not.
 
         ``request`` is what else an implementation may limit: ``anchors``, their number; ``width``, the channels of a
-        head; ``storage``, the dtype of A_f; ``lows``, the grids below that of A_f; ``tokens``, those of a text. What is
-        left out is within the limits.
+        head; ``storage``, the dtype of A_f; ``lows``, the grids below that of A_f; ``rows``, the grids whose maps are
+        summed; ``images``, those of a batch, times the layers where these are summed; ``tokens``, those of a text. What
+        is left out is within the limits.
         """
         reason = self._obstacle(op, device, dtype, request)
         if reason is not None and raise_error:
@@ -83,15 +86,23 @@ def _kernel_limit(
     return None
 
 
+def _gpu_limit(device: torch.device, *, images: int = 1, **request: Any) -> str | None:
+    """What both backends of a GPU leave to the reference."""
+    if images > _MOST_BLOCKS:
+        return f"expected at most {_MOST_BLOCKS} images, times layers where these are summed, got {images}"
+    return _kernel_limit(device, **request)
+
+
 def _load_cuda() -> Any:
     return importlib.import_module("diffseg.native").cuda()
 
 
-def _cuda_limit(device: torch.device, *, lows: int = 0, **request: Any) -> str | None:
-    reason: str | None = _load_cuda().obstacle(device)
+def _cuda_limit(device: torch.device, *, lows: int = 0, rows: Sequence[Grid] = (), **request: Any) -> str | None:
+    kernels = _load_cuda()
+    reason: str | None = kernels.obstacle(device)
     if reason is None and lows > _CUDA_LOWS:
         return f"expected at most {_CUDA_LOWS} grids below the output's, got {lows}"
-    return reason or _kernel_limit(device, **request)
+    return reason or kernels.row_obstacle(device, rows) or _gpu_limit(device, **request)
 
 
 def _load_triton() -> SimpleNamespace:
@@ -99,8 +110,12 @@ def _load_triton() -> SimpleNamespace:
         import triton
     except ImportError as error:
         raise ImportError(f"Triton is not installed ({error}): pip install -e '.[triton]' in a checkout") from error
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2):
+    if _version(triton) < (3, 2):
         raise ImportError(f"expected Triton 3.2 or later, found {triton.__version__}")
+    if _TRITON_INTERPRETED and _version(triton) < (3, 7):
+        numpy = importlib.import_module("numpy")  # from 2.4 on it takes no array of one element for a number
+        if _version(numpy) >= (2, 4):
+            raise ImportError(f"the interpreter of Triton before 3.7 needs NumPy before 2.4, found {numpy.__version__}")
     if not torch.cuda.is_available() and not _TRITON_INTERPRETED:
         raise ImportError("no CUDA or ROCm GPU is visible")
     names = ("aggregate", "merge", "label", "cross")
@@ -116,6 +131,10 @@ def _load_triton() -> SimpleNamespace:
     )
 
 
+def _version(module: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+
 def _triton_limit(device: torch.device, *, width: int = 1, tokens: int = 1, **request: Any) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
@@ -124,10 +143,11 @@ def _triton_limit(device: torch.device, *, width: int = 1, tokens: int = 1, **re
         return f"expected heads of at most {_TRITON_WIDTH} channels, got {width}"
     if tokens > _TRITON_TOKENS:
         return f"expected at most {_TRITON_TOKENS} tokens, got {tokens}"
-    return _kernel_limit(device, **request)
+    return _gpu_limit(device, **request)
 
 
 _MOST_ANCHORS = 1024
+_MOST_BLOCKS = 65535  # along the second and the third dimension of a launch
 _CUDA_LOWS = 16  # kMostLows of csrc/cuda/output.cuh
 _TRITON_WIDTH = 256
 _TRITON_TOKENS = 128  # scores of a text stay in registers

@@ -58,9 +58,9 @@ def _of(layers: Sequence[int], values: Sequence[T]) -> list[T]:
     return [values[layer] for layer in layers]
 
 
-def _lows(grids: Sequence[Grid], output: Sequence[int]) -> int:
-    """The number of distinct grids below the output's."""
-    return len({*grids} - {tuple(output)})
+def _lows(grids: Sequence[Grid], output: Sequence[int]) -> list[Grid]:
+    """The distinct grids below the output's."""
+    return [grid for grid in dict.fromkeys(grids) if grid != tuple(output)]
 
 
 @contextmanager
@@ -91,9 +91,11 @@ def _aggregate_into(
     logsumexps = None if logsumexps is None else _of(used, logsumexps)
     first, width = queries[0], max(query.shape[3] for query in queries)
     pairs = _of(used, _pairs(grids))
+    lows = _lows(pairs, grid)
     run = backends.implementation(
-        backend, "aggregate", first.device, first.dtype, width=width, storage=out.dtype, lows=_lows(pairs, grid)
-    )
+        backend, "aggregate", first.device, first.dtype, width=width, storage=out.dtype, lows=len(lows), rows=lows,
+        images=len(first) * len(used),
+    )  # fmt: skip
     with _named(used):
         run(queries, keys, pairs, scales, logsumexps, ratios, tuple(grid), out)
 
@@ -125,8 +127,9 @@ def _aggregate_maps_into(
     used = _used(ratios)
     pairs = _of(used, _pairs(grids))
     run = backends.implementation(
-        backend, "aggregate_maps", maps[0].device, maps[0].dtype, storage=out.dtype, lows=_lows(pairs, grid)
-    )
+        backend, "aggregate_maps", maps[0].device, maps[0].dtype, storage=out.dtype, lows=len(_lows(pairs, grid)),
+        rows=pairs, images=len(maps[0]),
+    )  # fmt: skip
     with _named(used):
         run(_of(used, maps), pairs, _of(used, ratios), tuple(grid), out)
 
@@ -146,7 +149,9 @@ def _nothing(*_: Any) -> None:
 def _merge(
     attention: Tensor, grid: list[int], anchors: list[int], thresholds: list[float], rule: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    run = backends.implementation(backend, "merge", attention.device, attention.dtype, anchors=len(anchors))
+    run = backends.implementation(
+        backend, "merge", attention.device, attention.dtype, anchors=len(anchors), images=len(attention)
+    )
     return run(attention, tuple(grid), anchors, thresholds, rule)
 
 
@@ -164,7 +169,7 @@ def _check_counts(maps: Tensor, counts: Tensor) -> None:
 
 def _label(maps: Tensor, counts: Tensor, grid: list[int], size: list[int], backend: str) -> Tensor:
     _check_counts(maps, counts)
-    run = backends.implementation(backend, "label", maps.device, maps.dtype)
+    run = backends.implementation(backend, "label", maps.device, maps.dtype, images=len(maps))
     return run(maps, counts, tuple(grid), tuple(size))
 
 
@@ -173,7 +178,7 @@ def _label_fake(maps: Tensor, counts: Tensor, grid: list[int], size: list[int], 
 
 
 def _renumber(labels: Tensor, length: int, backend: str) -> Tensor:
-    run = backends.implementation(backend, "renumber", labels.device, labels.dtype, anchors=length)
+    run = backends.implementation(backend, "renumber", labels.device, labels.dtype, anchors=length, images=len(labels))
     return run(labels, length)
 
 
@@ -201,7 +206,7 @@ def _aggregate_cross(
 ) -> Tensor:
     first, width = queries[0], max(query.shape[3] for query in queries)
     run = backends.implementation(
-        backend, "aggregate_cross", first.device, first.dtype, width=width, tokens=shares.shape[2]
+        backend, "aggregate_cross", first.device, first.dtype, width=width, tokens=shares.shape[2], images=len(first)
     )
     with _named(range(len(queries))):
         return run(queries, keys, _pairs(grids), scales, shares, tuple(size))
@@ -213,7 +218,7 @@ def _aggregate_cross_fake(queries: list[Tensor], *rest: Any) -> Tensor:
 
 
 def _score_masks(maps: Tensor, labels: Tensor, masks: int, backend: str) -> Tensor:
-    run = backends.implementation(backend, "score_masks", maps.device, maps.dtype)
+    run = backends.implementation(backend, "score_masks", maps.device, maps.dtype, images=len(maps))
     return run(maps, labels, masks)
 
 

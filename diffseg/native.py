@@ -229,12 +229,22 @@ class CudaKernels:
 
     def obstacle(self, device: torch.device) -> str | None:
         """Why the kernels cannot run on ``device``; without an index, on torch's current one."""
-        return self._probed(torch.cuda.current_device() if device.index is None else device.index)
+        return self._probed(_index(device))
 
     def _probe(self, index: int) -> str | None:
         with torch.cuda.device(index):
             reason = self._module.obstacle(index)
         return f"built for {self._module.targets}, which cuda:{index} cannot run: {reason}" if reason else None
+
+    def row_obstacle(self, device: torch.device, grids: Sequence[Grid]) -> str | None:
+        """Why maps over ``grids`` cannot be summed on ``device``, of which a block holds a row."""
+        if not grids:
+            return None
+        needed, grid = max((self._module.row_bytes(grid), grid) for grid in grids)
+        there = self._module.shared_memory_of(_index(device))
+        if needed <= there:
+            return None
+        return f"a row of maps on a grid of {grid} takes {needed} bytes of shared memory, of which a block has {there}"
 
     def aggregate(
         self,
@@ -396,6 +406,11 @@ class CudaKernels:
 
     def _workspace(self, size: int, like: Tensor) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=like.device)
+
+
+def _index(device: torch.device) -> int:
+    """Of a GPU; without one of its own, torch's current one."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _name(dtype: torch.dtype) -> str:

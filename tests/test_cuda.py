@@ -23,7 +23,10 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A module as the build makes it, for CUDA 13.0, on a driver for 13.2."""
-    module = SimpleNamespace(driver_version=lambda: 13020, runtime_version=lambda: 13000, targets="80;90+PTX")
+    module = SimpleNamespace(
+        driver_version=lambda: 13020, runtime_version=lambda: 13000, targets="80;90+PTX",
+        row_bytes=lambda grid: 8 * grid[0] * grid[1], shared_memory_of=lambda device: 99 << 10,
+    )  # fmt: skip
     monkeypatch.setitem(sys.modules, "diffseg._cuda", module)  # type: ignore[arg-type]
     monkeypatch.setattr(diffseg, "_cuda", module, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -100,12 +103,40 @@ def test_each_gpu_is_probed_once_and_as_the_current_one(
         ({"anchors": 1025}, r"expected at most 1024 anchors \(32 a side\), got 1025"),
         ({"storage": torch.float64}, r"got dtype=torch\.float64"),
         ({"lows": 17}, "expected at most 16 grids below the output's, got 17"),
+        (
+            {"rows": [(3, 3), (128, 128), (64, 64)]},
+            r"a row of maps on a grid of \(128, 128\) takes 131072 bytes of shared memory, of which a block has 101376",
+        ),
+        ({"images": 65536}, "expected at most 65535 images, times layers where these are summed, got 65536"),
     ],
 )
 def test_what_is_beyond_the_kernels_is_refused(built: SimpleNamespace, request_: dict[str, Any], expected: str) -> None:
     built.obstacle = lambda device: ""
     with pytest.raises(ValueError, match=expected):
         backends.BACKENDS["cuda"].can_run("merge", torch.device("cuda:0"), torch.float32, raise_error=True, **request_)
+
+
+def test_ops_say_how_much_they_are_asked_for(layers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any backend begins: what is beyond a GPU's kernels would else fail in the middle."""
+    asked = {}
+    implementation = backends.implementation
+
+    def noting(backend: str, op: str, *rest: Any, **request: Any) -> Any:
+        asked[op] = request
+        return implementation(backend, op, *rest, **request)
+
+    monkeypatch.setattr(backends, "implementation", noting)
+    scene = layers([(4, 4), (2, 2), (2, 2), (4, 4)], batch=3)
+    diffseg.segment(scene.queries, scene.keys, (8, 8), weights=[1, 1, 1, 0], anchors=2)
+    diffseg.aggregate_maps(scene.maps(), weights=[1, 1, 1, 0])
+    maps = diffseg.aggregate_cross(scene.queries, scene.keys[1:2] * 4, tokens=[[0]])
+    diffseg.score_masks(maps, torch.zeros(3, 8, 8, dtype=torch.int32))
+    assert {op: request.pop("images") for op, request in asked.items()} == dict.fromkeys(backends.OPS, 3) | {
+        "aggregate": 9
+    }
+    assert asked["aggregate"]["rows"] == [(2, 2)]
+    assert asked["aggregate_maps"]["rows"] == [(4, 4), (2, 2), (2, 2)]
+    assert asked["aggregate"]["lows"] == asked["aggregate_maps"]["lows"] == 1
 
 
 @pytest.mark.parametrize("name", backends.BACKENDS)

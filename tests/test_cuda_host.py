@@ -730,6 +730,16 @@ class TestPlans:
         assert (last[0], int(last[1]), int(last[5])) == ("rows_kernel", (2 * side) ** 2, 0)
         assert all(int(launch[5]) <= SMALLEST_LIMIT for launch in launches)
 
+    def test_aggregate_maps_takes_the_shared_memory_that_is_asked_for(self, host: Host) -> None:
+        module, grids = host.module, [(16, 8), (64, 48), (3, 5)]
+        layers = [
+            module.MapLayer(maps=module.View(16, (0, 0, h * w)), heads=2, grid=(h, w), ratio=0.3) for h, w in grids
+        ]
+        out = module.Attention(data=16, dtype="float32", grid=grids[1], batch=1)
+        with host.recorded() as launches:
+            module.aggregate_maps(layers, "float32", out, 256, module.Queue(0, 0))
+        assert [int(launch[5]) for launch in launches] == [module.row_bytes(grids[0]), module.row_bytes(grids[1])]
+
     @pytest.mark.parametrize("cells", [4096, 9216])
     def test_merge(self, host: Host, cells: int) -> None:
         module = host.module

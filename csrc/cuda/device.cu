@@ -24,6 +24,12 @@ int runtime_version() {
     return version;
 }
 
+int shared_memory_of(int device) {
+    int bytes = 0;
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+    return bytes;
+}
+
 namespace {
 
 __global__ void probe_kernel() {}

@@ -20,6 +20,9 @@ class DeviceGuard {
 int driver_version();   // of CUDA that the driver serves, 1000 major + 10 minor; 0 without a driver
 int runtime_version();  // with which the kernels were built
 
+// Bytes of shared memory that a block of a device can have.
+int shared_memory_of(int device);
+
 // Why the kernels cannot run on a device; empty where they can.
 std::string obstacle(int device);
 

@@ -73,6 +73,9 @@ struct Stream {
 size_t aggregate_workspace(const std::vector<Layer>& layers, Type type, const Attention& out);
 void aggregate(const std::vector<Layer>& layers, Type type, const Attention& out, void* workspace, Stream stream);
 
+// Bytes of shared memory that the sum of a grid's maps takes: a block holds a row.
+size_t row_bytes(Grid grid);
+
 size_t aggregate_maps_workspace(const std::vector<MapLayer>& layers, const Attention& out);
 void aggregate_maps(const std::vector<MapLayer>& layers, Type type, const Attention& out, void* workspace,
                     Stream stream);

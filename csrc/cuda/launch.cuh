@@ -1,6 +1,7 @@
 // Launches, each of them checked, and the bump allocator of the caller's workspace.
 #pragma once
 
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -20,7 +21,10 @@ template <class... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, Stream stream,
             const std::common_type_t<Parameters>&... arguments) {
     constexpr size_t kSharedWithoutAsking = 48 << 10;
+    static std::mutex asking;  // what is asked for is the kernel's: another thread's launch may need more or less
+    std::unique_lock<std::mutex> lock(asking, std::defer_lock);
     if (shared > kSharedWithoutAsking) {
+        lock.lock();
         const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
         check(cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared)),
               std::string(name) + ": asking for " + std::to_string(shared) + " bytes of shared memory");

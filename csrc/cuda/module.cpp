@@ -117,6 +117,10 @@ PYBIND11_MODULE(_cuda, module) {
     module.attr("targets") = DIFFSEG_CUDA_TARGETS;
     module.def("driver_version", &driver_version, "CUDA version that the driver serves; 0 without a driver.");
     module.def("runtime_version", &runtime_version, "CUDA version with which the kernels were built.");
+    module.def("shared_memory_of", &shared_memory_of, py::arg("device"),
+               "Bytes of shared memory that a block of a device can have.");
+    module.def("row_bytes", [](Pair grid) { return row_bytes(grid_of(grid)); }, py::arg("grid"),
+               "Bytes of it that the sum of a grid's maps takes.");
     module.def("obstacle", &obstacle, py::arg("device"), "Why a device cannot run the kernels; empty where it can.");
 
     py::class_<View>(module, "View", py::module_local(),

@@ -251,6 +251,8 @@ std::vector<RowSum> sums_of(const std::vector<MapLayer>& layers, const Attention
 
 }  // namespace
 
+size_t row_bytes(Grid grid) { return Shared::bytes(grid); }
+
 size_t aggregate_maps_workspace(const std::vector<MapLayer>& layers, const Attention& out) {
     Workspace workspace(nullptr);
     sums_of(layers, out, workspace);
