@@ -41,7 +41,7 @@ def test_row(benchmark: Any, suite: Suite, row: Row, plan: Plan, position: int) 
     if contender.elsewhere or contender.minus is not None:
         pytest.skip("timed by diffseg bench only")
     with torch.no_grad():
-        timed = run.gated([contender], plan.inputs, Timer(suite.device, 0.0))[0]
+        timed = run.checked(contender, plan.inputs[0], Timer(suite.device, 0.0))
         benchmark.group = str(row)
         benchmark.name = contender.name
         benchmark.extra_info.update(role=contender.role, checked=contender.check is not None, first=timed.cold)

@@ -115,9 +115,9 @@ def test_networks(tmp_path: Path) -> None:
         assert each["images_per_second"] == pytest.approx(2 / each["seconds"]["median"])
 
 
-def test_a_failing_gate_stops_its_row_and_fails_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def wrong_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C++ kernels merge wrongly."""
     merge = suite.ops.merge
 
     def wrong(attention: torch.Tensor, **options: Any) -> diffseg.Proposals:
@@ -125,6 +125,12 @@ def test_a_failing_gate_stops_its_row_and_fails_the_run(
         return found._replace(maps=found.maps.flip(1)) if options["backend"] == "cpu" else found
 
     monkeypatch.setattr(suite.ops, "merge", wrong)
+
+
+@pytest.mark.usefixtures("wrong_merge")
+def test_a_row_without_a_right_backend_fails_and_so_does_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "out.json"
     assert bench("round1", "label", "--case", "thin", "--backend", "cpu", "--json", str(path)) == 1
     printed = capsys.readouterr().out
@@ -133,6 +139,41 @@ def test_a_failing_gate_stops_its_row_and_fails_the_run(
     failed, measured = contents(path)["rows"]
     assert (failed["state"], failed["contenders"]) == ("failed", [])
     assert measured["state"] == "measured"
+
+
+@pytest.mark.usefixtures("wrong_merge")
+def test_a_failing_contender_leaves_its_row_to_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subjects = Suite._subjects
+
+    def with_another(made: Suite, op: str, dtype: torch.dtype, merge: Any, check: Any) -> list[Contender]:
+        other = Contender("another", "subject", lambda given: merge(given, "reference"), check)
+        broken = Contender("broken", "subject", lambda given: no_kernels(), check)
+        return [*subjects(made, op, dtype, merge, check), broken, other]
+
+    monkeypatch.setattr(Suite, "_subjects", with_another)
+    path = tmp_path / "out.json"
+    assert bench("round1", "--case", "thin", "--json", str(path)) == 1
+    (row,) = contents(path)["rows"]
+    assert row["state"] == "measured"
+    assert {"another", "eager"} <= {each["name"] for each in row["contenders"]}
+    assert not {"cpu", "broken"} & {each["name"] for each in row["contenders"]}
+    assert row["failures"]["cpu"].startswith("image 0: a mean of round 1")
+    assert row["failures"]["broken"] == "ImportError: not built"
+    printed = capsys.readouterr().out
+    assert "  cpu: FAILED: image 0: a mean of round 1" in printed
+    assert "1 of 1 rows FAILED" in printed
+
+
+def test_a_run_that_measures_nothing_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["bench", "--case", "golden", "--quick"]) == 2
+    assert "--case golden: the golden cases are of images of 512 x 512 (--size 512)" in capsys.readouterr().err
+    monkeypatch.setattr(suite.memory, "available", lambda device: 1e6)
+    assert bench("merge", "--case", "noise") == 2
+    assert "nothing was measured: it needs about 0 GiB, 0 GiB are free" in capsys.readouterr().err
 
 
 def test_interrupting_keeps_what_was_measured(

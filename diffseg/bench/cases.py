@@ -92,16 +92,17 @@ class Case:
         ]
 
 
-def golden_available() -> bool:
-    return GOLDEN.joinpath("case1.npz").exists()
+def golden_missing(size: Grid) -> str | None:
+    """Why there are no golden cases of images of ``size``."""
+    if not GOLDEN.joinpath("case1.npz").exists():
+        return "the golden cases are in a checkout only (tests/data)"
+    return None if size == _GOLDEN_SIZE else "the golden cases are of images of 512 x 512 (--size 512)"
 
 
 def golden(size: Grid, batch: int, device: torch.device, dtype: torch.dtype) -> Case:
     """Two heads of 16 channels on grids of 64, 32, 16 and 8; the images of a batch are the cases in turn."""
-    if not golden_available():
-        raise Unavailable("the golden cases are in a checkout only (tests/data)")
-    if size != _GOLDEN_SIZE:
-        raise Unavailable("the golden cases are of images of {} x {}".format(*_GOLDEN_SIZE))
+    if reason := golden_missing(size):
+        raise Unavailable(reason)
 
     def layers(letter: str) -> list[Tensor]:
         images = [_golden(1 + item % 3) for item in range(batch)]

@@ -16,6 +16,7 @@ from ..backends import BACKENDS
 from ..loading import UsageError, check_backend, check_output, find_device
 from ..reference import Grid
 from . import ceilings, compare, plot, report
+from .cases import golden_missing
 from .networks import ARCHITECTURES
 from .report import Record
 from .rows import STAGES, Settings
@@ -84,10 +85,13 @@ def settings_of(options: argparse.Namespace) -> Settings:
         raise UsageError(f"--model: expected a folder, got {options.model}")
     for name in options.backend:
         check_backend(name, device)
+    sizes = [_size(text) for text in options.size or [QUICK_SIZE if options.quick else "512"]]
+    if "golden" in options.case and all(missing := [golden_missing(size) for size in sizes]):
+        raise UsageError(f"--case golden: {missing[0]}")
     return Settings(
         stages=tuple(dict.fromkeys(options.stages)),
         cases=tuple(options.case),
-        sizes=tuple(_size(text) for text in options.size or [QUICK_SIZE if options.quick else "512"]),
+        sizes=tuple(sizes),
         batches=tuple(options.batch),
         backends=tuple(options.backend),
         device=device,
@@ -110,7 +114,8 @@ def _size(text: str) -> Grid:
 def run(options: argparse.Namespace) -> int:
     """Times every backend against plain PyTorch and other peers, each result checked first (benchmarks/README.md).
 
-    Ends with status 1 if a result is wrong, 130 if interrupted; --json then still holds every row that was measured.
+    Ends with status 1 if a result is wrong, 2 if nothing can be measured, 130 if interrupted; --json then still holds
+    every row that was measured.
     """
     if options.compare is not None:
         if options.stages:
@@ -136,8 +141,11 @@ def run(options: argparse.Namespace) -> int:
         print(f"\n{_interrupted(journal.contents)}")
     if options.plot is not None and any(row["state"] == "measured" for row in journal.contents["rows"]):
         plot.save(journal.contents["rows"], line, options.plot)
+    rows = journal.contents["rows"]
+    if not interrupted and all(row["state"] == "skipped" for row in rows):
+        raise UsageError(f"nothing was measured: {'; '.join(dict.fromkeys(row['reason'] for row in rows))}")
     if journal.failed:
-        print(f"\n{len(journal.failed)} of {len(journal.contents['rows'])} rows FAILED")
+        print(f"\n{len(journal.failed)} of {len(rows)} rows FAILED")
         return 1
     return 130 if interrupted else 0
 

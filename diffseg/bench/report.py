@@ -73,6 +73,7 @@ def row(record: Record) -> str:
     floor = f", floor {seconds(record['floor_seconds'])}" if record["floor_seconds"] else ""
     lines = [f"\n{title} (grid {record['grid'][0]} x {record['grid'][1]}){floor}"]
     lines += aligned([_COLUMNS, *(_cells(each, record) for each in record["contenders"])])
+    lines += [f"  {name}: FAILED: {reason}" for name, reason in record["failures"].items()]
     lines += [f"  {note}" for note in record["notes"]]
     lines += [f"  {'*' if not each['same_work'] else each['name']}: {each['note']}" for each in record["contenders"]
               if each["note"]]  # fmt: skip

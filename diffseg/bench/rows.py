@@ -129,7 +129,7 @@ def _cases_of(stage: str, size: Grid, settings: Settings) -> list[str]:
         return [settings.architecture or ("bundled" if settings.model is None else "model")]
     if settings.cases:
         return list(settings.cases)
-    golden = size == (512, 512) and cases.golden_available()
+    golden = cases.golden_missing(size) is None
     if stage in ("maps", "published"):
         return ["golden" if golden else "thin"]
     on_gpu = settings.device.type == "cuda"

@@ -64,13 +64,14 @@ class Journal:
 
     @property
     def failed(self) -> list[Record]:
-        return [record for record in self.contents["rows"] if record["state"] == "failed"]
+        """Rows that failed, or a contender of which did."""
+        return [record for record in self.contents["rows"] if record["state"] == "failed" or record.get("failures")]
 
 
 def run_rows(
     settings: Settings, timer: Timer, limits: Ceilings, journal: Journal, show: Callable[[Record], None]
 ) -> None:
-    """Measures every row, pass after pass. A row whose gate fails, or that cannot run, says so; the next one follows.
+    """Measures every row, pass after pass. A contender that fails leaves its row; a row that cannot run says so.
 
     A row is shown after its last pass; if the run is interrupted, with what there is.
     """
@@ -128,7 +129,7 @@ def run_row(suite: Suite, row: Row, timer: Timer, limits: Ceilings) -> Record:
     }  # fmt: skip
     try:
         plan = suite.plan(row)
-        timed = gated(plan.contenders, plan.inputs, timer)
+        timed, failures = gated(plan.contenders, plan.inputs, timer)
         timer.size_up(timed, plan.inputs)
         timed = timer.race(timed, plan.inputs)
         described = _described(plan, limits)
@@ -138,24 +139,33 @@ def run_row(suite: Suite, row: Row, timer: Timer, limits: Ceilings) -> Record:
         return {**record, "state": "failed", "reason": str(error)}
     except Exception as error:  # a compiler's or a driver's own: it ends the row, not the run
         return {**record, "state": "failed", "reason": f"{type(error).__name__}: {error}"}
-    record |= {"state": "measured", **described, "contenders": [_entry(each) for each in timed]}
+    record |= {"state": "measured", **described, "contenders": [_entry(each) for each in timed], "failures": failures}
     record["elapsed_seconds"] = [time.perf_counter() - start]
     summarise(record)
     return record
 
 
-def gated(contenders: Sequence[Contender], inputs: Sequence[Any], timer: Timer) -> list[Timed]:
-    """The first call of each contender, timed, its result checked; GateError stops the row."""
-    found = []
+def gated(contenders: Sequence[Contender], inputs: Sequence[Any], timer: Timer) -> tuple[list[Timed], dict[str, str]]:
+    """The contenders whose first call is right, and why the others are out; GateError where nothing can be compared."""
+    found, failures = [], {}
     for contender in contenders:
-        timed, result = timer.first(contender, inputs[0])
-        if contender.check is not None:
-            try:
-                contender.check(result)
-            except GateError as error:
-                raise GateError(f"{contender.name}: {error}") from error
-        found.append(timed)
-    return found
+        try:
+            found.append(checked(contender, inputs[0], timer))
+        except GateError as error:
+            failures[contender.name] = str(error)
+        except Exception as error:  # a compiler's or a driver's own
+            failures[contender.name] = f"{type(error).__name__}: {error}"
+    if failures and not {"subject", "baseline"} <= {each.contender.role for each in found}:
+        raise GateError("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
+    return found, failures
+
+
+def checked(contender: Contender, given: Any, timer: Timer) -> Timed:
+    """The first call of a contender, timed; GateError where its result is wrong."""
+    timed, result = timer.first(contender, given)
+    if contender.check is not None:
+        contender.check(result)
+    return timed
 
 
 def _described(plan: Plan, limits: Ceilings) -> Record:
