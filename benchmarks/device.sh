@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with an NVIDIA GPU of capability 9.0; each phase takes less than 8 minutes.
-# It needs Python 3.10 or later with PyTorch, Triton, setuptools, pybind11 and pytest, and nvcc; no network. Wheels that
-# the machine lacks (diffusers, say) are taken from wheels/ at the root of the checkout, if that folder exists.
+# It needs Python 3.10 or later with PyTorch, Triton, setuptools 77 or later, pybind11 and pytest, and nvcc; no network.
+# Wheels that the machine lacks (diffusers, say) are taken from wheels/ at the root of the checkout, if that folder exists.
 # bench measures the stage in ${PASSES:-3} passes, the rest in ${PASSES:-1}: one pass is quick and gives no bounds.
 # Results: ${OUT:-benchmarks/results/device}; JSON is written after every row, so an interrupted phase keeps its rows.
 set -uo pipefail
@@ -51,17 +51,31 @@ install() {
         "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$packages" "$root"/wheels/*.whl || return
         export PYTHONPATH=$packages${PYTHONPATH:+:$PYTHONPATH}
     fi
+    "$python" -c "import torch; torch.zeros(1, device='cuda')" || return  # else all tests would be skipped
+    "$python" -c "
+import setuptools
+assert int(setuptools.__version__.split('.')[0]) >= 77, f'setuptools {setuptools.__version__} is too old: add a wheel'
+" || return
     if [ "$phase" = build-test ] || ! "$python" -c "import diffseg._cuda" 2>/dev/null; then
         "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable . || return
     fi
     "$python" -m diffseg.cli info
 }
 
-# Rows of one name. Where one fails, each backend alone: the other's figures are not lost with it.
+# Whether the rows and tests of networks can run; else says why not.
+networks() {
+    "$python" -c "import diffusers" 2>"$out/diffusers.log" && return
+    echo "networks are left out: $(tail -n 1 "$out/diffusers.log")" | tee -a "$out/$phase.log"
+    return 1
+}
+
+# Rows of one name. A backend that fails leaves its row to the others; where whole rows were lost or the process died, as
+# after an error that ends the use of a GPU, each backend is measured alone.
 bench() {
-    local name=$1 backend
+    local name=$1 status=0 backend
     shift
-    within "bench $name" "$python" -m diffseg.cli bench "$@" --device cuda --json "$out/$name.json" && return
+    within "bench $name" "$python" -m diffseg.cli bench "$@" --device cuda --json "$out/$name.json" || status=$?
+    [ $status -eq 1 ] && grep -q '"state": "failed"' "$out/$name.json" || [ $status -ge 132 ] || return $status
     for backend in cuda triton; do
         within "bench $name, $backend" "$python" -m diffseg.cli bench "$@" --device cuda --backend $backend \
             --json "$out/$name-$backend.json"
@@ -72,7 +86,7 @@ bench() {
 run_build_test() {
     local status=0
     gpu_tests kernels tests/test_gpu_kernels.py tests/test_compat.py || status=$?
-    if "$python" -c "import diffusers" 2>/dev/null; then
+    if networks; then
         gpu_tests networks tests/test_recorded.py tests/test_capture.py tests/test_folder.py -k "not inductor" || status=$?
         gpu_tests inductor tests/test_recorded.py tests/test_capture.py -k inductor || status=$?  # compiles for minutes
     fi
@@ -93,7 +107,7 @@ run_bench() {
     bench calls call maps --seconds 0.3 --passes "${PASSES:-1}" || status=$?
     bench batches segment --case sd14 --batch 4 8 --seconds 0.5 --passes "${PASSES:-1}" || status=$?
     bench sizes segment --case sd14 --size 320 768 1024 --seconds 0.5 --passes "${PASSES:-1}" || status=$?
-    if "$python" -c "import diffusers" 2>/dev/null; then
+    if networks; then
         bench pipeline pipeline capture --architecture sd14 --batch 1 4 8 --seconds 2 --passes "${PASSES:-1}" ||
             status=$?
     fi

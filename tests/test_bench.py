@@ -652,6 +652,36 @@ def test_the_device_script_is_valid() -> None:
     assert subprocess.run(["bash", "-n", str(ROOT / "benchmarks" / "device.sh")]).returncode == 0
 
 
+PYTHON = """#!/usr/bin/env bash
+[[ $* == *"import diffusers"* ]] && { echo "ImportError: no diffusers" >&2; exit 1; }
+[[ $* == *" bench "* ]] || exit 0
+json=${!#}
+echo "${json##*/}" >>"$OUT/calls"
+case $json in
+    */stage.json) printf '{\n "state": "measured"\n}' >"$json"; exit 1 ;;
+    */rounds.json) printf '{\n "state": "failed"\n}' >"$json"; exit 1 ;;
+    */calls.json) kill -SEGV $$ ;;
+    */batches.json) exit 2 ;;
+esac
+"""
+
+
+def test_the_device_script_measures_again_only_what_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python whose first run has a backend that fails, whose second loses a row, and whose third dies."""
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    monkeypatch.setenv("PYTHON", str(python))
+    monkeypatch.setenv("OUT", str(tmp_path))
+    done = script("bench")
+    assert done.returncode == 2
+    assert (tmp_path / "calls").read_text().split() == [
+        "stage.json", "rounds.json", "rounds-cuda.json", "rounds-triton.json", "calls.json", "calls-cuda.json",
+        "calls-triton.json", "batches.json", "sizes.json",
+    ]  # fmt: skip
+    assert "networks are left out: ImportError: no diffusers" in done.stdout
+
+
 def program(name: str) -> Any:
     """A script of benchmarks/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
