@@ -319,12 +319,10 @@ class DiffSeg:
             raise ValueError(f"attns: expected a list of maps [P, 64, 64] or [P, 1, 64, 64], got {describe(maps)}")
         if not bool(torch.isfinite(maps).all()):
             raise ValueError("attns: expected finite values, found NaN or infinity")
-        maps = maps.reshape(len(maps), _CELLS).double()
-        near = (_divergence(maps[:, None], maps) < threshold).fill_diagonal_(True)
-        groups = reference.walk_on_host(near[None], "official")[0]
-        groups = groups[groups.any(-1)].double()
-        merged = (groups @ maps) / groups.sum(-1, keepdim=True)
-        return _to_numpy(merged).reshape(-1, 1, _SIDE, _SIDE)
+        listed = maps.reshape(1, -1, _CELLS).double()
+        length = torch.tensor([listed.shape[1]], device=listed.device)
+        merged, counts = reference.later_round(listed, length, threshold, "official", "host")
+        return _to_numpy(merged[0, : int(counts)]).reshape(-1, 1, _SIDE, _SIDE)
 
 
 def _divergence(x: Tensor, y: Tensor) -> Tensor:

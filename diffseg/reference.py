@@ -165,7 +165,7 @@ def merge(
     maps = torch.stack([_first_round(item, index, thresholds[0], image) for image, item in enumerate(attention)])
     counts = torch.full((len(maps),), len(anchors), dtype=torch.int32, device=maps.device)
     for threshold in thresholds[1:]:
-        maps, counts = _later_round(maps, counts, threshold, rule, walk)
+        maps, counts = later_round(maps, counts, threshold, rule, walk)
     return maps, counts
 
 
@@ -203,7 +203,7 @@ def _first_round(attention: Tensor, index: Tensor, threshold: float, image: int 
     return total / count
 
 
-def _later_round(maps: Tensor, counts: Tensor, threshold: float, rule: str, walk: str) -> tuple[Tensor, Tensor]:
+def later_round(maps: Tensor, counts: Tensor, threshold: float, rule: str, walk: str) -> tuple[Tensor, Tensor]:
     """Merges the lists greedily: [B, P, N], [B] -> the same shapes, with counts no larger."""
     length = maps.shape[1]
     clamped, log, entropy = _log_terms(maps)
