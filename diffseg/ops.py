@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
@@ -296,7 +296,7 @@ def aggregate_cross(
         check_alike(f"keys[{layer}]", key, queries[0])
     grids = check_grids(grids, [query.shape[2] for query in queries])
     scales = _check_scales(scales, queries)
-    shares = _token_shares(tokens, len(queries[0]), length, queries[0].device)
+    shares = _checked_shares(tokens, len(queries[0]), length, queries[0].device)
     size = check_output_grid(None, grids) if size is None else check_pair("size", size)
     check_name(backend)
     return operators.aggregate_cross(list(queries), list(keys), _flat(grids), scales, shares, size, backend)
@@ -486,8 +486,8 @@ def _aggregated(layers: _Layers, dtype: torch.dtype, backend: str, out: Tensor |
     return out
 
 
-def _token_shares(tokens: Any, batch_size: int, length: int, device: torch.device) -> Tensor:
-    """The share of each token in each word, float32 [B, words, tokens]."""
+def _checked_shares(tokens: Any, batch_size: int, length: int, device: torch.device) -> Tensor:
+    """``tokens`` of :func:`aggregate_cross`, checked, as shares: float32 [B, words, tokens]."""
     if isinstance(tokens, Tensor):
         check_tensor("tokens", tokens, ("batch", "words", "tokens"))
         if tokens.shape[0] not in (1, batch_size) or tokens.shape[2] != length:
@@ -496,15 +496,22 @@ def _token_shares(tokens: Any, batch_size: int, length: int, device: torch.devic
             raise ValueError(f"tokens: expected a tensor on {device}, got {tokens.device}")
         return tokens.float().expand(batch_size, -1, -1)
     check_sequence("tokens", tokens, "word")
-    shares = torch.zeros(len(tokens), length, dtype=torch.float32, device="cpu")
     for word, indices in enumerate(tokens):
         check_sequence(f"tokens[{word}]", indices, "token")
         for index in indices:
             check_integer(f"tokens[{word}]", index, 0)
             if index >= length:
                 raise ValueError(f"tokens[{word}]: expected indices from 0 to {length - 1}, got {index}")
+    return token_shares(tokens, length).to(device).expand(batch_size, -1, -1)
+
+
+def token_shares(words: Collection[Sequence[int]], length: int) -> Tensor:
+    """The share of each of ``length`` tokens in each word, float32 [words, tokens], on the host."""
+    shares = torch.zeros(len(words), length, dtype=torch.float32, device="cpu")
+    for word, indices in enumerate(words):
+        for index in indices:
             shares[word, int(index)] += 1 / len(indices)
-    return shares.to(device).expand(batch_size, -1, -1)
+    return shares
 
 
 def _check_scales(scales: Sequence[float] | None, queries: Sequence[Tensor]) -> list[float]:

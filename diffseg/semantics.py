@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from . import ops
 from .capture import record_pass
@@ -201,13 +202,7 @@ def _tokens(tokenizer: Any, text: str, span: Span) -> list[int]:
 
 def token_shares(names: Sequence[dict[str, list[int]]], length: int, device: torch.device) -> Tensor:
     """The share of each token in each name, [B, names, tokens]; rows of zeros fill up."""
-    most = max(len(each) for each in names)
-    shares = torch.zeros(len(names), most, length, dtype=torch.float32, device="cpu")
-    for item, each in enumerate(names):
-        for row, indices in enumerate(each.values()):
-            for index in indices:
-                shares[item, row, index] += 1 / len(indices)
-    return shares.to(device)
+    return pad_sequence([ops.token_shares(each.values(), length) for each in names], batch_first=True).to(device)
 
 
 def name_maps(
