@@ -240,6 +240,13 @@ def test_score_masks(isa: str, grid: tuple[int, int], size: tuple[int, int]) -> 
         torch.testing.assert_close(found.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-6, atol=1e-9)
 
 
+def test_pixels_of_the_reference_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps, labels = torch.rand(2, 3, 5, 7), blobs((37, 50), masks=12, batch=2)
+    whole = diffseg.score_masks(maps, labels, backend="reference")
+    monkeypatch.setattr(reference, "_PIXELS_AT_ONCE", 10 * 50)
+    torch.testing.assert_close(diffseg.score_masks(maps, labels, backend="reference"), whole)
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), masks=st.integers(1, 40), words=st.integers(1, 5), height=st.integers(1, 40))
 def test_the_best_word_does_not_depend_on_the_backend(seed: int, masks: int, words: int, height: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import diffseg
 from diffseg.backends import BACKENDS
+from diffseg.bench import gates
 
 pytestmark = pytest.mark.gpu
 
@@ -98,14 +99,6 @@ def oracle(scene: Scene) -> Tensor:
     )  # fmt: skip
 
 
-def distances(first: Tensor, second: Tensor) -> Tensor:
-    """D in float64, [P, N] and [F, N] -> [P, F]."""
-    first, second = first.double().clamp_min(1e-30), second.double().clamp_min(1e-30)
-    log_first, log_second = first.log(), second.log()
-    entropies = (first * log_first).sum(-1)[:, None] + (second * log_second).sum(-1)
-    return (entropies - first @ log_second.T - log_first @ second.T) / 2
-
-
 @contextmanager
 def no_waiting() -> Iterator[None]:
     """Whatever waits for the device inside is an error."""
@@ -156,10 +149,11 @@ def test_first_round_decides_as_the_oracle_outside_the_band(backend: str, networ
     cells = attention.shape[1]
     found = diffseg.merge(attention, iterations=1, backend=backend)
     anchors = list(diffseg.ops.anchor_indices(found.grid, 16))
-    exact = distances(attention[0, anchors], attention[0])
+    maps = attention[0].double()
+    exact = gates.divergences(maps[anchors], maps)
     near = exact < 1.0
     near[torch.arange(len(anchors)), anchors] = True
-    expected = near.double() @ attention[0].double() / near.sum(-1, keepdim=True)
+    expected = near.double() @ maps / near.sum(-1, keepdim=True)
     band = (exact - 1.0).abs() < 1e-3
     sure = ~band.any(-1)
     assert sure.float().mean() > 0.25, "too few anchors without a pair in the band: the test would show little"

@@ -444,6 +444,14 @@ class TestRefine:
         early, late = diffseg.refine(maps, proposals, max_iterations=1), diffseg.refine(maps, proposals)
         assert (early.maps - late.maps).abs().max() > 1e-3
 
+    def test_what_all_maps_share_costs_no_precision(self) -> None:
+        """In float32 squares of 1000 hide differences of 0.01."""
+        points = torch.full((1, 4, 4), 1000.0)
+        points[0, :, 0] += torch.tensor([0.0, 0.01, 0.02, 0.03])
+        proposals = Proposals(points[:, [0, 3]], torch.tensor([2], dtype=torch.int32), (2, 2))
+        refined = diffseg.refine(points, proposals)
+        torch.testing.assert_close(refined.maps[0, :, 0], points[0, :, 0].view(2, 2).mean(1))
+
     def test_an_empty_cluster_keeps_its_centre_and_may_win_points_back(self) -> None:
         """On a line: the first centre takes 0, 0 and 1.5, moves to 0.5, and loses 1.5 to the idle centre at 2.1."""
         points = torch.zeros(1, 4, 4)
