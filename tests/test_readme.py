@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import diffseg
-from diffseg.bench import report
+from diffseg.bench import compare, report
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -138,3 +138,20 @@ def test_the_other_machine_is_as_measured():
     text = " ".join(README.split())
     assert f"which do at most {limits('zen4')}, the rows" in text
     assert f"{', '.join(firsts)} and {first} times faster, those of the second {a}, {b}, {c} and {d} times" in text
+
+
+def test_the_bounds_hold_as_much_of_a_second_run_as_is_said():
+    paths = [path for suffix in ("", "-second") for path in RESULTS.glob(f"cpu-epyc-????-??-??{suffix}.json")]
+    first, second = (dict(compare._ratios(json.loads(path.read_text()))) for path in paths)
+    pairs = [compare.Pair(*key, first[key], second[key]) for key in first]
+    held = [
+        one["low"] <= other["median"] <= one["high"]
+        for pair in pairs
+        for one, other in ((pair.first, pair.second), (pair.second, pair.first))
+    ]
+    share = f"{100 * sum(held) / len(held):.0f}"
+    text = " ".join((RESULTS.parent / "README.md").read_text().split())
+    assert f"agree in all {sum(pair.agree for pair in pairs)} ratios; {sum(pair.within for pair in pairs)} lie" in text
+    assert f"of the {len(held)} that either run holds against the other's bounds {sum(held)} lie" in text
+    assert f"lie within, {share} in 100" in text
+    assert f"95 times in 100 (of two runs, they held {share})" in " ".join(README.split())
