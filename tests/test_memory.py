@@ -76,6 +76,13 @@ def test_what_pytorch_holds_for_later_is_available(monkeypatch):
     assert memory.available(torch.device("cuda")) == 42
 
 
+def test_what_the_system_says_is_available(monkeypatch):
+    for text, expected in (("MemFree: 1 kB\nMemAvailable:    3 kB\n", 3 * 1024), ("", 5 * 4096)):
+        monkeypatch.setattr(memory.Path, "read_text", lambda path, text=text: text)
+        monkeypatch.setattr(memory.os, "sysconf", {"SC_AVPHYS_PAGES": 5, "SC_PAGE_SIZE": 4096}.__getitem__)
+        assert memory.available(torch.device("cpu")) == expected
+
+
 def test_memory_of_inference_mode_serves_outside_of_it():
     with torch.inference_mode(), attention_memory(torch.zeros(1, 1), (2, 2)) as inside:
         inside.fill_(1)

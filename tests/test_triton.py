@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from diffseg import backends
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +38,20 @@ def test_kernels_under_the_interpreter() -> None:
     output = run("-m", "pytest", "-q", "tests/triton_interpreted.py", TRITON_INTERPRET="1")
     assert " passed" in output
     assert "skipped" not in output
+
+
+def test_an_older_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.1.0")
+    assert backends.BACKENDS["triton"].unavailable() == "expected Triton 3.2 or later, found 3.1.0"
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    assert backends.BACKENDS["triton"].unavailable() in (None, "no CUDA or ROCm GPU is visible")
+
+
+@pytest.mark.parametrize(("name", "most"), [("anchors", 1024), ("tokens", 128), ("width", 256)])
+def test_limits_are_the_most_that_is_served(name: str, most: int) -> None:
+    assert backends._triton_limit(torch.device("cpu"), **{name: most}) is None
+    assert f"got {most + 1}" in str(backends._triton_limit(torch.device("cpu"), **{name: most + 1}))
 
 
 def test_without_triton_all_else_works() -> None:
