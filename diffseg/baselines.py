@@ -12,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .metrics import Labels
 from .ops import Proposals, numbered_labels
 from .reference import Grid
-
-Labels = NDArray[np.integer[Any]]
 
 SEED = 0
 

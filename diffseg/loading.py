@@ -36,7 +36,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
-        help="of the network (default: float16 on cuda; with --model, bfloat16 on a CPU that has it; float32)",
+        help="of the network (default: float16 on cuda; with --model, bfloat16 on a CPU that has it; else float32)",
     )
 
 

@@ -204,9 +204,7 @@ def _layout(layout: str) -> dict[str, Any]:
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> Any:
-    return torch.nn.Module.to(
-        model, dtype
-    )  # diffusers' own ``to`` warns about modules to keep in float32: there are none
+    return torch.nn.Module.to(model, dtype)  # diffusers' own warns about modules to keep in float32: there are none
 
 
 def _tiny_vae() -> AutoencoderKL:
