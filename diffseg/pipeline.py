@@ -181,7 +181,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         labels: Sequence[str] | None = None,
         captioner: str | semantics.Captioner = semantics.CAPTIONER,
         fuse: bool = True,
-    ) -> DiffSegOutput | tuple[Any, ...]:
+    ) -> DiffSegOutput | Any:  # Any, not the tuple: else type checkers would refuse ``pipe(image).labels``
         """Segments one image or several.
 
         ``semantic=True`` names the segments (the paper's appendix 8.7): a second pass of the UNet, with a caption
