@@ -230,11 +230,11 @@ void cross(const float* const* lefts, const float* const* rights, const float* c
 // A block of rows against a set: states and sums of D are [rows, set.length].
 class Comparison {
 public:
-    static int64_t floats_needed(const Set& set, int64_t capacity) {
-        return kRowsOfTask * (set.summaries.size() + capacity + 1) + set.summaries.scratch() +
+    static int64_t floats_needed(const Set& set) {
+        return kRowsOfTask * (set.summaries.size() + set.length + 1) + set.summaries.scratch() +
                round_up(set.cells, kLanes) + kLefts * 2 * kChunk + 64;
     }
-    static int64_t ints_needed(int64_t capacity) { return kRowsOfTask / kLefts * (capacity + 1); }
+    static int64_t ints_needed(const Set& set) { return kRowsOfTask / kLefts * (set.length + 1); }
 
     Comparison(const Rows& rows, const Set& set, int64_t first, int64_t stride, int64_t count, float threshold,
                float* memory, int32_t* lists, uint8_t* states)
@@ -397,7 +397,7 @@ private:
 
 // near[f, v] = kNear where D(v, f) < threshold, else kFar: [count, set.length]. False where a row is not finite.
 bool compare(const Rows& rows, int64_t count, const Set& set, float threshold, uint8_t* near, int threads) {
-    const int64_t size = Comparison::floats_needed(set, set.length), list_size = Comparison::ints_needed(set.length);
+    const int64_t size = Comparison::floats_needed(set), list_size = Comparison::ints_needed(set);
     Buffer<float> memory(size * threads);
     Buffer<int32_t> lists(list_size * threads);
     const int64_t sampled = least(kSampledRows, count);
@@ -636,8 +636,8 @@ void divergences(const float* maps, int64_t length, Grid grid, float* out) {
     const Rows rows = {{maps, Type::float32, 0, 0, cells, 1}, 0, cells};
     Set set(length, grid);
     set.fill(rows, nullptr, length, 1);
-    Buffer<float> memory(Comparison::floats_needed(set, length));
-    Buffer<int32_t> lists(Comparison::ints_needed(length));
+    Buffer<float> memory(Comparison::floats_needed(set));
+    Buffer<int32_t> lists(Comparison::ints_needed(set));
     Buffer<uint8_t> states(kRowsOfTask * length);
     for (int64_t first = 0; first < length; first += kRowsOfTask) {
         const int64_t count = least(kRowsOfTask, length - first);
