@@ -9,7 +9,7 @@ HALVES = np.repeat([[0, 0, 1, 1]], 4, axis=0).astype(np.int32)
 
 
 def test_label_image_keeps_the_labels(tmp_path):
-    for labels in (HALVES, np.arange(1024, dtype=np.int32).reshape(32, 32)):
+    for labels in (HALVES, *(np.arange(most).reshape(-1, 2).astype(np.int32) for most in (256, 258, 1024))):
         visualize.label_image(labels).save(tmp_path / "labels.png")
         assert np.array_equal(np.asarray(Image.open(tmp_path / "labels.png")), labels)
 
