@@ -299,7 +299,9 @@ def label(maps: Tensor, counts: Tensor, grid: Grid, size: Grid) -> Tensor:
     winner = torch.zeros((batch_size, *size), dtype=torch.int32, device=maps.device)
     for start in range(0, length, _PROPOSALS_AT_ONCE):
         some = maps[:, start : min(start + _PROPOSALS_AT_ONCE, length)].to(compute)
-        upsampled = F.interpolate(some.unflatten(-1, grid), size, mode="bilinear", align_corners=False)
+        # Each is an image of its own: torch may round channels differently, and equal maps would not tie.
+        upsampled = F.interpolate(some.reshape(-1, 1, *grid), size, mode="bilinear", align_corners=False)
+        upsampled = upsampled.view(*some.shape[:2], *size)
         listed = torch.arange(start, start + some.shape[1], device=maps.device) < counts[:, None]
         value, index = upsampled.masked_fill_(~listed[:, :, None, None], -torch.inf).max(1)
         better = value > best

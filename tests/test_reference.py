@@ -504,6 +504,11 @@ class TestLabel:
         proposals = Proposals(maps, torch.tensor([40], dtype=torch.int32), (3, 4))
         assert (diffseg.label(proposals, (7, 9), backend="reference") == pair[0]).all()
 
+    def test_equal_maps_tie(self) -> None:
+        maps = torch.rand(2, 1, 56, dtype=torch.float64).repeat(1, 17, 1)
+        proposals = Proposals(maps, torch.tensor([17, 17], dtype=torch.int32), (7, 8))
+        assert not diffseg.label(proposals, (21, 40), backend="reference").any()
+
 
 class TestSegment:
     @pytest.mark.parametrize("refine", [False, True])
