@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ _lock = threading.Lock()
 def attention_memory(like: Tensor, grid: Grid) -> Iterator[Tensor | None]:
     """Memory for A_f over ``grid`` of a batch as large as ``like``'s, float32 [B, N, N]; the caller's alone, inside.
 
-    None where ``like`` is not an ordinary tensor on a CPU: on a GPU PyTorch itself keeps memory.
+    None where ``like`` is not an ordinary tensor on a CPU, since on a GPU PyTorch itself keeps memory, and under
+    ``torch.jit.trace``, which would make this memory a constant.
     """
     if not _is_kept(like):
         yield None
@@ -89,7 +91,8 @@ def release() -> None:
 
 
 def _is_kept(like: Tensor) -> bool:
-    return like.device.type == "cpu" and type(like) is Tensor
+    jit: Any = torch.jit
+    return like.device.type == "cpu" and type(like) is Tensor and not jit.is_tracing()
 
 
 def _take(length: int) -> Tensor:

@@ -177,3 +177,17 @@ def test_segments_do_not_depend_on_what_was_there(layers, backend, refine):
     for worker in workers:
         worker.join()
     assert all(torch.equal(*pair) for pair in zip(together, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_does_not_hold_it(layers):
+    scene = layers([(8, 8)], batch=2, dtype=torch.float32)
+
+    def segment(query, key):
+        return diffseg.segment([query], [key], (16, 16), anchors=4, threshold=0.4)
+
+    (query,), (key,) = scene.queries, scene.keys
+    expected = segment(query, key)
+    traced = torch.jit.trace(segment, (query, key))
+    assert torch.equal(traced(query, key), expected)
+    assert torch.equal(traced(query[:1], key[:1]), expected[:1])
