@@ -3,6 +3,9 @@
 Each runs the backend that :mod:`diffseg.backends` chooses, on the layers that have a share in A_f; grids are flat, h_0,
 w_0, h_1, w_1, ... Fakes give shapes only. The functions of :mod:`diffseg.ops` check the arguments and call these;
 nothing else should.
+
+Grids and sizes are constants of a compiled graph: others compile another one, up to torch's recompilation limit, by
+default eight a function.
 """
 
 from __future__ import annotations
