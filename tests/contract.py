@@ -7,6 +7,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -21,6 +22,12 @@ def golden(case: int) -> dict[str, NDArray[np.generic]]:
     """Inputs of the published code, and its results (see data/README.md); case: 1, 2 or 3."""
     with np.load(Path(__file__).parent / "data" / f"case{case}.npz") as arrays:
         return dict(arrays)
+
+
+def skip_unless_it_runs(backend: str, device: str = "cuda") -> None:
+    """Ends a test as skipped, with the reason, where a backend is not there."""
+    if backend not in diffseg.available_backends(device):
+        pytest.skip(diffseg.explain_backends()[backend])
 
 
 def as_double(tensors: Sequence[Tensor]) -> list[Tensor]:

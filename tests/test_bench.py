@@ -11,9 +11,11 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -362,6 +364,63 @@ def test_the_first_call_is_timed_without_what_measures_its_memory(monkeypatch: p
     timed, result = Timer(CPU, 0.0).first(Contender("a", "subject", lambda given: time.sleep(0.01) or given), 3)
     assert (timed.memory, result) == (7, 3)
     assert 0.01 <= timed.cold < 0.1
+
+
+class FakeGpu:
+    """Two devices with streams, events and captures; as torch's, a capture that fails leaves its stream current."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device, self.stream = torch.device("cuda", 0), "its own"
+        self.recorded: list[torch.device] = []
+        event = SimpleNamespace(
+            record=lambda: self.recorded.append(self.device), synchronize=lambda: None, elapsed_time=lambda other: 20.0
+        )
+        for name, fake in {
+            "device": partial(self.current, "device"),
+            "stream": partial(self.current, "stream"),
+            "current_stream": lambda device: self.stream,
+            "graph": self.graph,
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+            "graph_pool_handle": lambda: None,
+            "Event": lambda enable_timing: event,
+            "synchronize": lambda device=None: None,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    @contextmanager
+    def current(self, name: str, value: Any) -> Iterator[None]:
+        before = getattr(self, name)
+        setattr(self, name, value)
+        try:
+            yield
+        finally:
+            setattr(self, name, before)
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any) -> Iterator[None]:
+        before, self.stream = self.stream, "the capture's"
+        yield
+        self.stream = before
+
+
+def test_what_cannot_be_recorded_is_timed_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, second = FakeGpu(monkeypatch), torch.device("cuda", 1)
+    streams = []
+
+    def waits(_: Any) -> None:
+        streams.append(gpu.stream)
+        if gpu.stream != "its own":
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    timed = [
+        Timed(Contender("waits", "subject", waits, recordable=True), seconds=1.0),
+        Timed(Contender("fine", "subject", lambda _: None, recordable=True), seconds=1.0),
+    ]
+    raced = Timer(second, 0.0).race(timed, [None])
+    assert [each.contender.name for each in raced] == ["waits", "fine", "fine, recorded"]
+    assert raced[0].contender.note == " (not recorded: operation not permitted when stream is capturing)"
+    assert streams == ["the capture's", *["its own"] * 3]
+    assert set(gpu.recorded) == {second}
 
 
 def test_rounds_are_differences() -> None:

@@ -8,7 +8,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from contract import assert_layers_without_a_share_are_not_read, assert_numbered_as_the_reference
+from contract import (
+    assert_layers_without_a_share_are_not_read,
+    assert_numbered_as_the_reference,
+    skip_unless_it_runs,
+)
 from torch import Tensor
 
 import diffseg
@@ -27,8 +31,7 @@ NETWORKS = {  # (number, grid, heads, channels a head) of the self-attention lay
 @pytest.fixture(params=["triton", "cuda"])
 def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    if name not in diffseg.available_backends("cuda"):
-        pytest.skip(diffseg.explain_backends()[name])
+    skip_unless_it_runs(name)
     return name
 
 
@@ -370,7 +373,7 @@ def test_offsets_beyond_32_bits(backend: str) -> None:
 
 def test_warmup_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton")
-
+    skip_unless_it_runs("triton")
     layers, side = NETWORKS["SD 1.4"]
     shapes = [((cells, cells), heads, channels) for number, cells, heads, channels in layers for _ in range(number)]
     diffseg.warmup(shapes, (side, side), backend="triton")

@@ -13,6 +13,7 @@ import numpy as np
 import pipelines
 import pytest
 import torch
+from contract import skip_unless_it_runs
 from diffusers import AutoencoderTiny
 from pipelines import quiet
 
@@ -564,6 +565,7 @@ def gpu_pipe(checkpoint):
 @pytest.mark.parametrize("backend", ["cuda", "triton", "reference"])
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "inductor"])
 def test_a_graph_gives_the_eager_labels(gpu_pipe, replays, backend, compile):
+    skip_unless_it_runs(backend)
     given = [picture(128, 128, seed) for seed in range(6)]
     gpu_pipe.warmup(2, 128, 128, backend=backend, compile=compile)
     gpu_pipe.warmup(1, 64, 128, backend=backend, compile=compile)
@@ -666,6 +668,7 @@ def test_soak_on_a_gpu(gpu_pipe):
 @pytest.mark.parametrize("batch_size", [1, 4, 8])
 def test_full_size_against_the_bare_forward(batch_size, backend, record_property, monkeypatch):
     """Stable Diffusion 1.4's architecture at 512: with segmentation against the same recorded forward without it."""
+    skip_unless_it_runs(backend)
     for name in ("empty", "empty_like"):  # a graph would poison its memory at every replay
         monkeypatch.setattr(torch, name, getattr(torch, name).__wrapped__)
     pipe = quiet(DiffSegPipeline(**testing.stable_diffusion_components(dtype=torch.float16, device="cuda")))

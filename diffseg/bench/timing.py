@@ -156,11 +156,12 @@ class Timer:
         """A twin that replays recorded graphs, one an input. Raises RuntimeError where it cannot be recorded."""
         contender = timed.contender
         graphs, pool = [], torch.cuda.graph_pool_handle()
-        for given in inputs:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                contender.run(given)
-            graphs.append(graph)
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
+            for given in inputs:  # a capture that fails leaves its stream current
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    contender.run(given)
+                graphs.append(graph)
 
         def sample(number: int, repeats: int) -> float:
             chosen = [graphs[(number * repeats + i) % len(graphs)] for i in range(repeats)]
@@ -187,14 +188,15 @@ class Timer:
 def elapsed(run: Callable[[Any], Any], inputs: Sequence[Any], device: torch.device) -> float:
     """The seconds of a call on each of the inputs in turn; on a GPU, of what the calls queue there."""
     if device.type == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        for given in inputs:
-            run(given)
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) / 1000
+        with torch.cuda.device(device):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            for given in inputs:
+                run(given)
+            stop.record()
+            stop.synchronize()
+            return start.elapsed_time(stop) / 1000
     begin = time.perf_counter()
     for given in inputs:
         run(given)
