@@ -412,12 +412,15 @@ def anchor_indices(grid: Grid, anchors: int | Sequence[int]) -> tuple[int, ...]:
     positions = list(given)
     if not positions:
         raise ValueError("anchors: expected at least one index, got none")
-    for position in positions:
-        if isinstance(position, bool) or not isinstance(position, Integral):
-            raise TypeError(f"anchors: expected ints, got {describe(position)}")
-        if not 0 <= int(position) < height * width:
+    if {*map(type, positions)} != {int}:  # else they need not be looked at one by one, which a GPU would wait for
+        for position in positions:
+            if isinstance(position, bool) or not isinstance(position, Integral):
+                raise TypeError(f"anchors: expected ints, got {describe(position)}")
+        positions = [int(position) for position in positions]
+    for position in (min(positions), max(positions)):
+        if not 0 <= position < height * width:
             raise ValueError(f"anchors: expected indices from 0 to {height * width - 1}, got {position}")
-    return tuple(int(position) for position in positions)
+    return tuple(positions)
 
 
 def resolve_weights(weights: Weights, grids: Sequence[Grid]) -> list[float]:
