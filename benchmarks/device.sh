@@ -120,7 +120,7 @@ run_sanitize() {
     for tool in "memcheck --report-api-errors no" racecheck; do  # calls that PyTorch tries and handles are no errors
         # shellcheck disable=SC2086
         within "compute-sanitizer $tool" compute-sanitizer --tool $tool --error-exitcode 1 \
-            --kernel-regex "kns=${DIFFSEG_KERNELS:-diffseg}" \
+            --kernel-name "kns=${DIFFSEG_KERNELS:-diffseg}" \
             "$python" benchmarks/small_inputs.py cuda || status=1
     done
     return $status
