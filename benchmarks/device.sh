@@ -64,8 +64,9 @@ assert int(setuptools.__version__.split('.')[0]) >= 77, f'setuptools {setuptools
 
 # Whether the rows and tests of networks can run; else says why not.
 networks() {
-    "$python" -c "import diffusers" 2>"$out/diffusers.log" && return
-    echo "networks are left out: $(tail -n 1 "$out/diffusers.log")" | tee -a "$out/$phase.log"
+    local said
+    said=$("$python" -c "import diffusers" 2>&1) && return
+    echo "networks are left out: $(tail -n 2 <<<"$said")" | tee -a "$out/$phase.log"
     return 1
 }
 
