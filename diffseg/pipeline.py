@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, Union
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -121,6 +121,11 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         return pipe
 
     @classmethod
+    def download(cls, pretrained_model_name: Any, **kwargs: Any) -> Any:
+        """As ``DiffusionPipeline.download``, without the files of what segmentation does not need."""
+        return StableDiffusionPipeline.download(pretrained_model_name, **{**kwargs, **dict.fromkeys(_NOT_NEEDED)})
+
+    @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "DiffSegPipeline":
         """A pipeline on the components of a loaded one, which stay as they are, each in its dtype."""
         if not {"dtype", "torch_dtype"} & kwargs.keys():
@@ -130,7 +135,16 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Leaves out what a generating pipeline has and segmentation does not need."""
+        """Leaves out what a generating pipeline has and segmentation does not need.
+
+        Raises:
+            ValueError: the checkpoint has no UNet.
+        """
+        if "unet" not in config_dict:
+            raise ValueError(
+                "expected a checkpoint with a UNet, as of Stable Diffusion 1.x and 2.x, got one of a "
+                f"{config_dict.get('_class_name')}"
+            )
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in _NOT_NEEDED}, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> "DiffSegPipeline":
@@ -239,7 +253,12 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         )
         given = image_io.as_list(image)
         if semantic:
-            captions, labels = semantics.check_request(self.text_encoder, caption, labels, captioner, len(given))
+            if self.text_encoder is None:
+                raise ValueError(
+                    "semantic: expected a checkpoint with a text encoder, as Stable Diffusion has, got a UNet in pixel "
+                    "space, which no text reaches"
+                )
+            captions, labels = semantics.check_request(caption, labels, captioner, len(given))
         elif caption is not None or labels is not None:
             raise ValueError(f"{'labels' if caption is None else 'caption'}: expected semantic=True with it")
         if not given:
@@ -768,6 +787,12 @@ def _check_components(unet: Any, vae: Any, text_encoder: Any, tokenizer: Any) ->
         raise ValueError(
             f"{missing[0]}: expected all of {', '.join(parts)} (latent diffusion) or none (a UNet in pixel space), "
             f"got no {', no '.join(missing)}"
+        )
+    positions = getattr(getattr(text_encoder, "config", None), "max_position_embeddings", math.inf)
+    if tokenizer is not None and tokenizer.model_max_length > positions:
+        raise ValueError(
+            f"tokenizer: expected a model_max_length of at most {positions}, the text encoder's, got "
+            f"{tokenizer.model_max_length}, as where files are missing"
         )
     channels = 3 if vae is None else vae.config.latent_channels
     if config.in_channels != channels:
