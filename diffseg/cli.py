@@ -75,16 +75,21 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument("-o", "--output", default="segments", metavar="DIR", help="folder (default: %(default)s)")
     segment.add_argument("--force", action="store_true", help="overwrite outputs that exist")
     loading.add_arguments(segment)
-    segment.add_argument("--threshold", type=float, help="merge maps nearer than this (default: the model's own)")
     segment.add_argument(
-        "--anchors", type=int, default=16, help="anchors a side, as many as the grid has at most (default: %(default)s)"
+        "--threshold", type=loading.positive_float, help="merge maps nearer than this (default: the model's own)"
     )
-    segment.add_argument("--iterations", type=int, default=3, help="merging rounds (default: %(default)s)")
+    segment.add_argument(
+        "--anchors", type=loading.positive_int, default=16,
+        help="anchors a side, as many as the grid has at most (default: %(default)s)",
+    )  # fmt: skip
+    segment.add_argument(
+        "--iterations", type=loading.positive_int, default=3, help="merging rounds (default: %(default)s)"
+    )
     segment.add_argument("--rule", choices=RULES, default="paper", help="merging rule (default: %(default)s)")
     segment.add_argument("--weights", choices=WEIGHT_SCHEMES, help="of the layers (default: the model's own)")
     segment.add_argument("--timestep", type=int, help="at which the network is read (default: the model's own)")
     segment.add_argument(
-        "--processing-resolution", "--resolution", type=int, metavar="SIDE",
+        "--processing-resolution", "--resolution", type=loading.positive_int, metavar="SIDE",
         help="longer side when processed (default: the model's own)",
     )  # fmt: skip
     segment.add_argument("--refine", action="store_true", help="add k-means refinement")
@@ -95,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     segment.add_argument("--keep-masks", action="store_true", help="do not fuse the masks that get the same name")
     segment.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
     segment.add_argument(
-        "--batch-size", type=_positive, default=2, metavar="N", help="images a pass (default: %(default)s)"
+        "--batch-size", type=loading.positive_int, default=2, metavar="N", help="images a pass (default: %(default)s)"
     )
     segment.add_argument(
         "--time", action="store_true", help="print how long each stage took, without decoding and writing"
@@ -113,16 +118,6 @@ def build_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="print versions, devices and backends", description=_info.__doc__)
     info.set_defaults(command=_info)
     return parser
-
-
-def _positive(given: str) -> int:
-    try:
-        number = int(given)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected an int, got {given!r}") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {given}")
-    return number
 
 
 def _check_instruction_set() -> None:
@@ -159,11 +154,15 @@ def _segment(options: argparse.Namespace) -> int:
 
     from .folder import segment_files
 
+    naming = _naming(options)
     pipe = loading.load_pipeline(options.model, options.device, options.dtype)
     asked = {name: getattr(options, name) for name in (*loading.OPTIONS, "processing_resolution", "refine")}
-    asked |= {"time_stages": options.time, **_naming(options, pipe)}
+    asked |= {"time_stages": options.time, **naming}
     loading.check_options(pipe, asked)
-    _check_names(pipe, asked)
+    if naming and pipe.text_encoder is None:
+        raise UsageError(
+            f"--semantic: expected a model with a text encoder, such as --model {loading.STABLE_DIFFUSION}"
+        )
     _load_captioner(pipe, asked)
     with tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1) as progress:
 
@@ -301,45 +300,31 @@ def _say_incomplete(job: Job, missing: Sequence[Path]) -> None:
     print(f"diffseg: {job.source}: incomplete: {', '.join(said)} (--force redoes it)", file=sys.stderr)
 
 
-def _naming(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
-    """The arguments of the pipeline's call that ask for names."""
+def _naming(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the pipeline's call that ask for names; UsageError where it would refuse them for any image."""
     if not options.semantic:
         return {}
     from . import semantics
 
-    if pipe.text_encoder is None:
-        raise UsageError(
-            f"--semantic: expected a model with a text encoder, such as --model {loading.STABLE_DIFFUSION}"
-        )
     names = None if options.labels is None else [name.strip() for name in options.labels.split(",")]
-    if names is None:
-        try:
+    captioner = options.captioner or semantics.CAPTIONER
+    try:
+        if names is None:
             semantics.tagger()
-        except ImportError as error:
-            raise UsageError(f"--semantic: {error}") from error
+        captions, labels = semantics.check_request(options.caption, names, captioner, 1)
+        if captions is not None:
+            semantics.prompts(captions, labels, 1)
+    except ImportError as error:
+        raise UsageError(f"--semantic: {error}") from error
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
     return {
         "semantic": True,
         "caption": options.caption,
         "labels": names,
-        "captioner": options.captioner or semantics.CAPTIONER,
+        "captioner": captioner,
         "fuse": not options.keep_masks,
     }
-
-
-def _check_names(pipe: Any, asked: dict[str, Any]) -> None:
-    """Refuses a caption and labels that the pipeline's call would refuse for every image."""
-    from . import semantics
-
-    if "semantic" not in asked:
-        return
-    try:
-        captions, labels = semantics.check_request(
-            pipe.text_encoder, asked["caption"], asked["labels"], asked["captioner"], 1
-        )
-        if captions is not None:
-            semantics.prompts(captions, labels, 1)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"--{error}") from error
 
 
 def _load_captioner(pipe: Any, asked: dict[str, Any]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .backends import BACKENDS
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from .pipeline import DiffSegPipeline
 
 STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4"
+
+_Number = TypeVar("_Number", int, float)
 
 OPTIONS = ("threshold", "anchors", "iterations", "rule", "weights", "timestep", "backend")
 """What :meth:`diffseg.DiffSegPipeline.options` takes, and the segments follow from."""
@@ -60,8 +63,8 @@ def load_pipeline(
         library.disable_progress_bar()
     try:
         pipe = DiffSegPipeline.from_pretrained(model or MODEL, dtype=getattr(torch, dtype)).to(place)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"--model {model or MODEL}: {error}") from error
+    except Exception as error:  # files that are not as diffusers, transformers or safetensors expect raise anything
+        raise UsageError(f"--model {model or MODEL}: {type(error).__name__}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     loaded: DiffSegPipeline = pipe
     return loaded
@@ -74,6 +77,24 @@ def _described(model: str | None, where: str) -> str:
         f"the bundled demonstration model, trained on generated scenes, {where}; for photographs, pass "
         f"--model {STABLE_DIFFUSION}"
     )
+
+
+def _positive(kind: Callable[[str], _Number]) -> Callable[[str], _Number]:
+    """Reads an argument's number of that kind, above 0."""
+
+    def read(given: str) -> _Number:
+        try:
+            number = kind(given)
+        except ValueError:
+            number = kind("0")
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a positive {kind.__name__}, got {given!r}")
+        return number
+
+    return read
+
+
+positive_int, positive_float = _positive(int), _positive(float)
 
 
 def find_device(name: str | None) -> torch.device:

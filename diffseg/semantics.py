@@ -73,15 +73,8 @@ class ModelCaptioner:
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
-def check_request(
-    text_encoder: Any, caption: Any, labels: Any, captioner: Any, images: int
-) -> tuple[list[str] | None, list[str] | None]:
+def check_request(caption: Any, labels: Any, captioner: Any, images: int) -> tuple[list[str] | None, list[str] | None]:
     """The captions, one an image, and the labels, or None; raises an error that names the argument."""
-    if text_encoder is None:
-        raise ValueError(
-            "semantic: expected a checkpoint with a text encoder, as Stable Diffusion has, got a UNet in pixel space, "
-            "which no text reaches"
-        )
     if not isinstance(captioner, str) and not callable(captioner):
         raise TypeError(f"captioner: expected a model's name or a function, got {describe(captioner)}")
     captions = None

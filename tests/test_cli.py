@@ -245,6 +245,21 @@ def test_wrong_requests(folder, capsys, no_work, arguments, message):
     assert outputs(folder) == []
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model_index.json", "[]", "TypeError: "),
+        ("model_index.json", "{}", "KeyError: "),
+        ("text_encoder/model.safetensors", "version https://git-lfs.github.com/spec/v1", "SafetensorError: "),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_loaded(folder, capsys, file, content, message):
+    checkpoint = testing.tiny_pipeline("sd1", folder / "checkpoint")
+    (checkpoint / file).write_text(content)
+    assert cli.main(["segment", "in", "--model", str(checkpoint)]) == 2
+    assert f"diffseg: --model {checkpoint}: {message}" in capsys.readouterr().err
+
+
 def test_an_output_folder_that_is_read_only(folder, capsys, no_work, monkeypatch):
     def refuse(*, dir):
         raise PermissionError(13, "Permission denied", f"{dir}/x")
@@ -323,13 +338,24 @@ def test_wrong_benchmarks_measure_nothing(folder, capsys, monkeypatch, words, me
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", ["x", "0", "1.5"])
-def test_batch_sizes_are_checked(capsys, given):
-    with pytest.raises(SystemExit):
-        cli.main(["segment", "a.png", "--batch-size", given])
-    error = capsys.readouterr().err
-    assert "argument --batch-size: expected " in error
-    assert given in error
+@pytest.mark.parametrize(
+    ("option", "kind", "values"),
+    [
+        ("--threshold", "float", ["-1", "0", "nan", "inf", "x"]),
+        ("--anchors", "int", ["0", "1.5"]),
+        ("--iterations", "int", ["0"]),
+        ("--processing-resolution", "int", ["0"]),
+        ("--batch-size", "int", ["x", "0", "1.5"]),
+    ],
+)
+def test_numbers_that_no_model_takes(capsys, option, kind, values):
+    for command in ["segment", "a.png"], ["evaluate", "folder", "."]:
+        for value in values if (option, command[0]) != ("--batch-size", "evaluate") else []:
+            with pytest.raises(SystemExit):
+                cli.main([*command, f"{option}={value}"])
+            error = capsys.readouterr().err
+            assert f"argument {option}" in error
+            assert f": expected a positive {kind}, got '{value}'" in error
 
 
 @pytest.mark.parametrize(
@@ -353,11 +379,7 @@ def test_wrong_usage(arguments, capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--threshold=-1", "diffseg: --threshold: expected positive"),
-        ("--anchors=0", "diffseg: --anchors: expected at least 1, got 0"),
-        ("--iterations=0", "diffseg: --iterations: expected at least 1, got 0"),
         ("--timestep=1000", "diffseg: --timestep: expected 0 to 999, got 1000"),
-        ("--resolution=0", "diffseg: --processing-resolution: expected at least 1, got 0"),
         ("--keep-masks", "diffseg: --keep-masks: expected --semantic, --caption or --labels with it"),
         ("--captioner=blip", "diffseg: --captioner: expected --semantic, --caption or --labels with it"),
     ],

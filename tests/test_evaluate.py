@@ -159,8 +159,6 @@ def test_the_model_and_its_dtype_are_told_apart_by_what_they_are(monkeypatch):
         (["--methods", "diffseg,magic"], "--methods: expected some of diffseg, "),
         (["--limit", "0"], "--limit: expected at least 1, got 0"),
         (["--clusters", "0"], "--clusters: expected at least 1, got 0"),
-        (["--threshold", "-1"], "--threshold: expected positive"),
-        (["--anchors", "0"], "--anchors: expected at least 1"),
         (["--timestep", "1000"], "--timestep: expected 0 to 999, got 1000"),
         (["--seed", "-1"], "--seed: expected 0 to 4294967295, got -1"),
         (["--split", "train"], "--split: expected a layout that has splits, got folder and 'train'"),

@@ -488,10 +488,11 @@ def test_command_line(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_command_line_with_wrong_names(
-    checkpoint: Path, tmp_path: Path, capsys: Any, options: list[str], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, options: list[str], message: str
 ) -> None:
+    monkeypatch.setattr(DiffSegPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     Image.fromarray(picture(64, 64)).save(tmp_path / "a.png")
-    command = ["segment", str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--model", str(checkpoint)]
+    command = ["segment", str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--model", "owner/name"]
     assert cli.main([*command, *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
