@@ -245,7 +245,7 @@ def moves_weights(network: torch.nn.Module) -> bool:
     """Whether hooks of accelerate or diffusers move or cast its weights as it runs."""
     return any(
         "_hf_hook" in held or getattr(held.get("_diffusers_hook"), "hooks", None)
-        for held in map(vars, network.modules())
+        for held in (module.__dict__ for module in network.modules())  # torch.compile of 2.6 breaks at vars()
     )
 
 

@@ -1,6 +1,7 @@
 """DiffSeg as a diffusers pipeline: images in, label maps out."""
 
 import math
+import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -117,7 +118,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "DiffSegPipeline":
         """As ``DiffusionPipeline.from_pretrained``, but reads safetensors only, unless ``use_safetensors`` is given."""
         kwargs.setdefault("use_safetensors", True)
-        pipe: DiffSegPipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe: DiffSegPipeline = super().from_pretrained(os.fspath(pretrained_model_name_or_path), **kwargs)
         return pipe
 
     @classmethod
@@ -775,11 +776,11 @@ def _check_components(unet: Any, vae: Any, text_encoder: Any, tokenizer: Any) ->
     config = getattr(unet, "config", None)
     if config is None or not hasattr(config, "cross_attention_dim"):
         raise TypeError(f"unet: expected a UNet2DConditionModel, got {type(unet).__name__}")
-    if config.addition_embed_type is not None or config.class_embed_type is not None:
+    kinds = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")  # of SDXL, unCLIP and IP-Adapters
+    if more := [f"{kind}={config[kind]!r}" for kind in kinds if config[kind] is not None]:
         raise ValueError(
             "unet: expected a UNet conditioned on text alone, as in Stable Diffusion 1.x and 2.x, got one with "
-            f"addition_embed_type={config.addition_embed_type!r}, class_embed_type={config.class_embed_type!r} (SDXL "
-            "is served by diffseg.record_attention and diffseg.segment)"
+            f"{', '.join(more)} (SDXL is served by diffseg.record_attention and diffseg.segment)"
         )
     parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
     missing = [name for name, part in parts.items() if part is None]

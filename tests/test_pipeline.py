@@ -145,6 +145,11 @@ def test_a_checkpoint_without_a_unet_is_refused_before_it_is_loaded(checkpoint, 
         DiffSegPipeline.from_pretrained(tmp_path)
 
 
+def test_a_path_that_leads_nowhere(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.*is neither a valid local path nor a valid repo id"):
+        DiffSegPipeline.from_pretrained(tmp_path / "nowhere")
+
+
 def test_a_checkpoint_without_its_tokenizers_files(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "tokenizer")
@@ -341,6 +346,11 @@ def test_overflow_is_reported_with_what_to_do(pixel_pipe):
 COMPONENTS = {
     "no UNet": (lambda p: {"unet": p.vae}, TypeError, "unet: expected a UNet2DConditionModel, got AutoencoderKL"),
     "SDXL": (lambda p: {"unet": testing.tiny_unet("sdxl")}, ValueError, "addition_embed_type='text_time'"),
+    "IP-Adapter": (
+        lambda p: {"unet": testing.tiny_unet("sd1", encoder_hid_dim=8, encoder_hid_dim_type="image_proj")},
+        ValueError,
+        "got one with encoder_hid_dim_type='image_proj'",
+    ),
     "inpainting": (
         lambda p: {
             "unet": testing.tiny_unet("sd1", in_channels=9),
