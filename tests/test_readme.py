@@ -1,4 +1,4 @@
-"""The README's code means what it says: each "Equivalent to" is run against its op."""
+"""The READMEs mean what they say: each "Equivalent to" is run against its op, and figures are those of results/."""
 
 import json
 import math
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import diffseg
+from diffseg import evaluate
 from diffseg.bench import compare, report
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -72,10 +73,15 @@ MEASURED = {  # rows of the README's tables: which of those of this name, the fi
 }
 
 
+def results(suffix: str, machine: str = "epyc") -> dict:
+    """A committed run."""
+    (path,) = RESULTS.glob(f"cpu-{machine}-????-??-??{suffix}.json")
+    return json.loads(path.read_text())
+
+
 def measured(suffix: str, name: str, machine: str = "epyc") -> tuple[dict, dict]:
     """The C++ kernels and their baseline in a row of the committed results."""
-    (path,) = RESULTS.glob(f"cpu-{machine}-????-??-??{suffix}.json")
-    (row,) = (row for row in json.loads(path.read_text())["rows"] if row["name"].startswith(f"{name} "))
+    (row,) = (row for row in results(suffix, machine)["rows"] if row["name"].startswith(f"{name} "))
     by_name = {each["name"]: each for each in row["contenders"]}
     subject = by_name.get("cpu") or next(each for each in row["contenders"] if each["role"] == "subject")
     return subject, by_name[row["baseline"]]
@@ -83,8 +89,7 @@ def measured(suffix: str, name: str, machine: str = "epyc") -> tuple[dict, dict]
 
 def limits(machine: str) -> str:
     """The ceilings of products and exponentials of a committed run."""
-    (path,) = RESULTS.glob(f"cpu-{machine}-????-??-??-sd14-ops.json")
-    found = json.loads(path.read_text())["ceilings"]
+    found = results("-sd14-ops", machine)["ceilings"]
     return f"{found['products']['float32'] / 1e9:.0f} GFLOP/s and {found['exponentials'] / 1e9:.0f} G exponentials/s"
 
 
@@ -99,6 +104,12 @@ def test_tables_are_those_of_the_results(stage, index):
     expected += [report.amount(each["memory_bytes"]) for each in (subject, baseline)]
     assert found == expected[: len(found)]
     assert len(found) >= 4
+
+
+def against(suffix, name, peer):
+    """How many times faster than a peer the C++ kernels are in a row of the committed results."""
+    (row,) = (row for row in results(suffix)["rows"] if row["name"].startswith(f"{name} "))
+    return next(each["times_faster"] for each in row["against_peers"] if each["peer"] == peer)
 
 
 def contender(suffix, name):
@@ -127,6 +138,15 @@ def test_figures_in_the_text_are_as_measured():
     assert f"it is {median} times ({low} to {high}) as fast as a loop" in text
     held, loop = (report.amount(each["memory_bytes"]) for each in (subject, baseline))
     assert f"holds {held} in place of {loop.removesuffix(' MiB')} (" in text
+    for suffix, name, peer, said in (
+        ("-sd14-ops", "aggregate sd14", "sdpa", "`aggregate` is {median:.1f} times ({low:.1f} to {high:.1f}) as fast"),
+        ("-sd14-ops", "maps sd14", "copy", "bytes takes {median:.2f} times ({low:.2f} to {high:.2f}) as long"),
+        ("-published", "published golden", "published code (TensorFlow)", "{median:.0f} times as long ({low:.0f} to"),
+    ):
+        assert said.format(**against(suffix, name, peer)) in text
+    subject, _, _ = contender("-published", "published golden")
+    assert f"{report.seconds(subject['seconds']['median'])}, the published TensorFlow code" in text
+    assert f"plain torch {subject['times_faster']['median']:.0f} times." in text
     assert f"could do at most, {limits('epyc')} in registers" in text
     shares = [measured("-sd14-ops", name)[0]["floor_share"] for name in ("aggregate sd14", "maps sd14")]
     assert f"`aggregate` uses {shares[0]:.0%}; `aggregate_maps` uses {shares[1]:.0%}" in text.replace(" %", "%")
@@ -141,8 +161,7 @@ def test_the_other_machine_is_as_measured():
 
 
 def test_the_bounds_hold_as_much_of_a_second_run_as_is_said():
-    paths = [path for suffix in ("", "-second") for path in RESULTS.glob(f"cpu-epyc-????-??-??{suffix}.json")]
-    first, second = (dict(compare._ratios(json.loads(path.read_text()))) for path in paths)
+    first, second = (dict(compare._ratios(results(suffix))) for suffix in ("", "-second"))
     pairs = [compare.Pair(*key, first[key], second[key]) for key in first]
     held = [
         one["low"] <= other["median"] <= one["high"]
@@ -155,3 +174,21 @@ def test_the_bounds_hold_as_much_of_a_second_run_as_is_said():
     assert f"of the {len(held)} that either run holds against the other's bounds {sum(held)} lie" in text
     assert f"lie within, {share} in 100" in text
     assert f"95 times in 100 (of two runs, they held {share})" in " ".join(README.split())
+
+
+def test_the_evaluation_is_that_of_the_results():
+    methods = json.loads((RESULTS / "bsds500-val-bundled-model.json").read_text())["methods"].values()
+    figures = {each["title"]: {name: each[name] for name in each if name != "title"} for each in methods}
+    assert "\n".join(evaluate.table(figures)) in README
+
+
+@pytest.mark.parametrize(("stage", "series"), [("aggregate", "cells"), ("merge", "cells"), ("merge", "anchors")])
+def test_growth_is_as_measured(stage, series):
+    rows = [row for row in results("-growth")["rows"] if row["stage"] == stage and series in row["series"]]
+    rows.sort(key=lambda row: (row["grid"], row["anchors"]))
+    text = (RESULTS.parent / "README.md").read_text().partition("Growth on two")[2]
+    lines = text.split("\n\n")[1 if series == "cells" else 2].splitlines()
+    for contender, role in (("C++", "subject"), ("eager", "baseline")):
+        (said,) = (line.split("|")[2:-1] for line in lines if line.startswith(f"| `{stage}`, {contender} |"))
+        seconds = [min(each["seconds"]["median"] for each in row["contenders"] if each["role"] == role) for row in rows]
+        assert list(map(float, said)) == pytest.approx([1000 * each for each in seconds], rel=0.05)
