@@ -63,7 +63,7 @@ def test_reads(name):
     tensor = images.to_tensor(image)
     assert tensor.shape == (3, 2, 3)
     assert tensor.dtype == torch.float32
-    assert torch.allclose(tensor, torch.tensor(colour, dtype=torch.float32).view(3, 1, 1).expand(3, 2, 3), atol=3e-3)
+    assert torch.allclose(tensor, torch.tensor(colour, dtype=torch.float32).view(3, 1, 1).expand(3, 2, 3), atol=1e-6)
 
 
 REFUSED = {

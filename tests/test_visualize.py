@@ -9,7 +9,7 @@ HALVES = np.repeat([[0, 0, 1, 1]], 4, axis=0).astype(np.int32)
 
 
 def test_label_image_keeps_the_labels(tmp_path):
-    for labels in (HALVES, *(np.arange(most).reshape(-1, 2).astype(np.int32) for most in (256, 258, 1024))):
+    for labels in (HALVES, *(np.arange(most)[None].astype(np.int32) for most in (256, 257, 1024))):
         visualize.label_image(labels).save(tmp_path / "labels.png")
         assert np.array_equal(np.asarray(Image.open(tmp_path / "labels.png")), labels)
 
@@ -35,6 +35,13 @@ def test_overlay_tints_and_outlines():
     assert (picture[:, 18] == 0).all()
     assert not np.array_equal(picture[20, 5], picture[20, 35])
     assert np.array_equal(grey, np.full((40, 40, 3), 128))
+
+
+def test_outlines_are_wider_on_larger_pictures():
+    for side, wide in ((40, 1), (1200, 5)):
+        labels = np.repeat(np.arange(2).repeat(side // 2)[None], side, axis=0)
+        line = visualize.overlay(np.full((side, side, 3), 128, np.uint8), labels)[0, :, 0]
+        assert ((line == 255).sum(), (line == 0).sum()) == (wide, 2)
 
 
 def test_overlay_blends_without_copies_in_floats():
