@@ -9,7 +9,7 @@ from torch import from_numpy
 
 from diffseg import datasets
 from diffseg.datasets import DatasetError, open_dataset
-from diffseg.images import ImageError
+from diffseg.images import ImageError, to_picture
 
 RNG = np.random.default_rng(0)
 
@@ -251,6 +251,14 @@ def test_a_turned_image_fits_an_upright_mask(folder, suffix):
     write_labels(folder / "masks" / "b.png", np.zeros((64, 48)))
     with pytest.raises(DatasetError, match=rf"masks/b.png: expected 48 x 64 .* as b.{suffix}, got 64 x 48"):
         check(dataset)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_of_every_orientation_is_that_of_the_image_as_read(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert datasets._upright_size(tmp_path / "a.jpg") == to_picture(tmp_path / "a.jpg").shape[1:]
 
 
 def test_an_image_that_cannot_be_read_is_named(folder):

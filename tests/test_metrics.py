@@ -185,4 +185,7 @@ def test_region_scores_over_several_truths():
     scores.add([metrics.confusion(np.array([[0, 0]]), np.array([[-1, 1]]))])
     assert scores.figures()["rand_index"] == after["rand_index"]  # one labelled pixel makes no pair
     assert scores.figures()["accuracy"] == pytest.approx((0.75 + 1 + 1) / 3)
+    alone = metrics.RegionScores()
+    alone.add([metrics.confusion(predicted, truth) for truth in (truths[0], np.full((1, 4), -1))])
+    assert "covering_best" not in alone.figures()  # of a truth without labels there is nothing to be best of
     assert all(np.isnan(value) for value in metrics.RegionScores().figures().values())
