@@ -47,5 +47,14 @@ def test_clusters_of_colour():
     assert np.array_equal(grey == grey[0, 0], np.arange(40)[None].repeat(20, 0) < 20)  # position alone
 
 
+@pytest.mark.parametrize(("step", "by_colour"), [(51, True), (26, False)])
+def test_coordinates_weigh_half_as_much_as_colour(step, by_colour):
+    """Halves lie 1/4 apart in position; stripes, in three channels, 0.35 or 0.18."""
+    image = np.zeros((1, 4, 3), np.uint8)
+    image[0, 1::2] = step
+    labels = baselines.kmeans_colour(image, 2)[0]
+    assert np.array_equal(labels == labels[0], [True, False, True, False] if by_colour else [True, True, False, False])
+
+
 def test_one_segment():
     assert np.array_equal(baselines.one_segment((2, 3)), np.zeros((2, 3)))

@@ -87,12 +87,19 @@ def test_strided_inputs(isa):
 def test_scores_far_above_those_of_the_first_keys(isa):
     queries, keys, grids = layers("square")
     for each in keys:
-        each[:, :, -1] *= 100
+        each[:, :, -2:] *= 100  # two: of one alone any large power would be all of the sum
     assert max(scores(*pair).amax() for pair in zip(queries, keys, strict=True)) > 200
     found = diffseg.aggregate(queries, keys, grids=grids, backend="cpu")
     # float32 scores of several hundred carry an error of several 1e-5, and so do their exponentials
     torch.testing.assert_close(found.double(), oracle(queries, keys, grids), rtol=1e-3, atol=1e-7)
     assert torch.isfinite(found).all()
+
+
+def test_logsumexps_that_leave_no_mass_leave_zeros(isa):
+    queries = [torch.ones(1, 2, 16, 4)]
+    for backend in ("cpu", "reference"):
+        found = diffseg.aggregate(queries, queries, logsumexps=[torch.full((1, 2, 16), 1e3)], backend=backend)
+        assert found.eq(0).all()
 
 
 def test_threads_change_no_bit(isa):

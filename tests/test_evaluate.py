@@ -16,7 +16,7 @@ from PIL import Image
 
 import diffseg
 from diffseg import backends, cli, datasets, evaluate, metrics, runs, study, visualize
-from diffseg.methods import TITLES, Settings
+from diffseg.methods import TITLES, Settings, count_segments
 from diffseg.tiny.scenes import REPORT_SEEDS, scene
 
 QUICK = ["--processing-resolution", "32", "--threshold", "0.8"]
@@ -267,6 +267,11 @@ def test_best_median_and_worst_are_distinct():
         assert chosen[0] == 0
         assert chosen[-1] == count - 1
         assert len(chosen) == min(count, 9 if count >= 9 else 3)
+
+
+def test_a_truth_without_labels_counts_as_one_segment():
+    assert count_segments([np.full((2, 2), -1)]) == 1
+    assert count_segments([np.array([[0, 1], [2, -1]]), np.array([[0, 0], [0, 4]])]) == 2
 
 
 def test_typical_segments_are_the_mean(scenes):
