@@ -108,6 +108,8 @@ def test_what_was_lost_in_noise_disagrees_with_nothing(tmp_path: Path, capsys: p
         ({"device": "cuda"}, "were measured on two machines: device cpu and cuda"),
         ({"machine": {"processor": "Abacus"}}, "were measured on two machines: processor "),
         ({"machine": {"threads": 77}}, "were measured on two machines: threads "),
+        ({"machine": {"isa": "abacus"}}, "were measured on two machines: isa "),
+        ({"machine": {"gpu": "A"}}, "were measured on two machines: gpu "),
     ],
 )
 def test_files_that_cannot_be_compared(

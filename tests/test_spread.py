@@ -61,6 +61,7 @@ def test_what_means_nothing_has_no_ratio() -> None:
     assert spread.ratio([good, drowned], [good, good]) is None
     assert spread.ratio([good, good], [good, drowned]) is None
     assert spread.ratio([good, [-1.0, 2.0, 2.0]], [good, good]) is not None
+    assert spread.ratio([good, [-1.0, 2.0]], [good, good]) is None  # half of them
     assert spread.ratio([good, []], [good, []]) is None
     assert spread.ratio([], []) is None
 
