@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.register_assert_rewrite("contract")
+
 try:
     from diffseg import _cpu
 except ImportError:  # its tests are skipped

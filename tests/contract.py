@@ -1,10 +1,11 @@
-"""The exactness contract on the aggregated attention, and what results are held against in several test files."""
+"""The exactness contract, and what results are held against in several test files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import diffseg
+from diffseg import Proposals
 
 SIDES = (64, 32, 16, 8)  # of the golden layers' grids
 
@@ -92,3 +94,71 @@ def assert_numbered_as_the_reference(
     for given in (labels, strided):
         assert torch.equal(torch.ops.diffseg.renumber(given, length, backend), segments)
         assert torch.equal(given, expected)
+
+
+class MergeContract:
+    """What ``merge`` of ``backend`` is held to: tests of a GPU's kernels inherit from this."""
+
+    backend: str
+
+    def check(self, attention: Tensor, grid: tuple[int, int], **options: Any) -> Proposals:
+        """Compares with the reference, given that no pair is within the contract's band around the threshold."""
+        found = diffseg.merge(attention, grid=grid, backend=self.backend, **options)
+        expected = diffseg.merge(attention.to(torch.float64), grid=grid, backend="reference", **options)
+        assert found.counts.tolist() == expected.counts.tolist()
+        torch.testing.assert_close(found.maps.double(), expected.maps, rtol=1e-4, atol=1e-9)
+        return found
+
+    @pytest.mark.parametrize("rule", ["paper", "official"])
+    @pytest.mark.parametrize(("grid", "batch", "anchors"), [((5, 7), 3, 4), ((6, 6), 1, 6)])
+    def test_equals_the_reference(
+        self, attention: Callable[..., Tensor], grid: tuple[int, int], batch: int, anchors: int, rule: Any
+    ) -> None:
+        maps = attention(grid, batch=batch, regions=6, dtype=torch.float32)
+        positions = torch.tensor(diffseg.ops.anchor_indices(grid, anchors))
+        margin = (distances(maps[:, positions], maps) - 0.4).abs().min()
+        assert margin > 1e-3, "the scene has a pair within the band: the test would show nothing"
+        found = self.check(maps, grid, anchors=anchors, threshold=0.4, rule=rule)
+        assert 1 < int(found.counts.max()) < anchors**2
+
+    def test_given_anchors_may_repeat(self, attention: Callable[..., Tensor]) -> None:
+        self.check(attention((4, 5), dtype=torch.float32), (4, 5), anchors=[3, 19, 3, 0, 7], threshold=0.5)
+
+    def test_strided_attention(self, attention: Callable[..., Tensor]) -> None:
+        maps = attention((5, 5), batch=2, dtype=torch.float32)
+        padded = torch.full((25, 2, 50), torch.nan)
+        padded[:, :, ::2] = maps.transpose(0, 1)
+        strided = padded[:, :, ::2].transpose(0, 1)
+        found = self.check(strided, (5, 5), anchors=3, threshold=0.5)
+        torch.testing.assert_close(found, diffseg.merge(maps, anchors=3, threshold=0.5, backend=self.backend))
+
+    def test_maps_of_one_cell_each_stay_apart(self) -> None:
+        found = self.check(torch.eye(16)[None], (4, 4), anchors=4)
+        assert found.counts.tolist() == [16]
+
+    def test_equal_maps_become_one(self) -> None:
+        row = torch.rand(20).square()
+        found = self.check((row / row.sum()).expand(2, 20, 20), (4, 5), anchors=4, threshold=1e-4)
+        assert found.counts.tolist() == [1, 1]
+        assert found.maps[:, 1:].eq(0).all()
+
+
+class LabelContract:
+    """The same of ``label``."""
+
+    backend: str
+
+    @pytest.mark.parametrize(
+        ("grid", "size"), [((5, 4), (13, 17)), ((1, 6), (2, 9)), ((4, 4), (3, 3)), ((6, 5), (6, 5)), ((8, 8), (64, 64))]
+    )
+    def test_equals_the_reference(self, grid: tuple[int, int], size: tuple[int, int]) -> None:
+        generator = torch.Generator().manual_seed(3)
+        maps = torch.rand(3, 14, grid[0] * grid[1], generator=generator)[:, ::2]
+        proposals = Proposals(maps, torch.tensor([7, 1, 4], dtype=torch.int32), grid)
+        found = diffseg.label(proposals, size, backend=self.backend)
+        assert torch.equal(found, diffseg.label(proposals, size, backend="reference"))
+
+    def test_ties_go_to_the_lowest_and_padding_never_wins(self) -> None:
+        maps = torch.stack([torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), torch.tensor([9.0, 9.0])])[None]
+        proposals = Proposals(maps, torch.tensor([2], dtype=torch.int32), (1, 2))
+        assert diffseg.label(proposals, (3, 3), backend=self.backend).eq(0).all()

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from contract import (
+    LabelContract,
+    MergeContract,
     as_double,
     assert_layers_without_a_share_are_not_read,
     assert_numbered_as_the_reference,
@@ -31,7 +33,6 @@ from torch import Tensor
 
 import diffseg
 from diffseg import Proposals, backends, reference
-from diffseg.ops import anchor_indices
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DIVISIBLE = [(6, 4), (3, 4), (6, 4), (3, 2)]
@@ -182,55 +183,16 @@ class TestAggregateMaps:
         assert_same_attention(found, expected)
 
 
-class TestMerge:
-    def check(self, attention: Tensor, grid: tuple[int, int], **options: Any) -> Proposals:
-        """Compares with the reference, given that no pair is within the contract's band around the threshold."""
-        found = diffseg.merge(attention, grid=grid, backend="triton", **options)
-        expected = diffseg.merge(attention.to(torch.float64), grid=grid, backend="reference", **options)
-        assert found.counts.tolist() == expected.counts.tolist()
-        torch.testing.assert_close(found.maps.double(), expected.maps, rtol=1e-4, atol=1e-9)
-        return found
-
-    @pytest.mark.parametrize("rule", RULES)
-    @pytest.mark.parametrize(("grid", "batch", "anchors"), [((5, 7), 3, 4), ((6, 6), 1, 6)])
-    def test_equals_the_reference(
-        self, attention: Callable[..., Tensor], grid: tuple[int, int], batch: int, anchors: int, rule: Any
-    ) -> None:
-        maps = attention(grid, batch=batch, regions=6, dtype=torch.float32)
-        positions = torch.tensor(anchor_indices(grid, anchors))
-        margin = (distances(maps[:, positions], maps) - 0.4).abs().min()
-        assert margin > 1e-3, "the scene has a pair within the band: the test would show nothing"
-        found = self.check(maps, grid, anchors=anchors, threshold=0.4, rule=rule)
-        assert 1 < int(found.counts.max()) < anchors**2
+class TestMerge(MergeContract):
+    backend = "triton"
 
     def test_a_list_longer_than_the_block_of_the_walk(self, attention: Callable[..., Tensor]) -> None:
         maps = attention((7, 7), regions=12, dtype=torch.float32)
         found = self.check(maps, (7, 7), anchors=6, threshold=[0.02, 0.05], iterations=2)
         assert int(found.counts) > 2
 
-    def test_given_anchors_may_repeat(self, attention: Callable[..., Tensor]) -> None:
-        self.check(attention((4, 5), dtype=torch.float32), (4, 5), anchors=[3, 19, 3, 0, 7], threshold=0.5)
-
     def test_attention_in_bfloat16(self, attention: Callable[..., Tensor]) -> None:
         self.check(attention((5, 6), dtype=torch.bfloat16), (5, 6), anchors=5, threshold=0.5)
-
-    def test_strided_attention(self, attention: Callable[..., Tensor]) -> None:
-        maps = attention((5, 5), batch=2, dtype=torch.float32)
-        padded = torch.full((25, 2, 50), torch.nan)
-        padded[:, :, ::2] = maps.transpose(0, 1)
-        strided = padded[:, :, ::2].transpose(0, 1)
-        found = self.check(strided, (5, 5), anchors=3, threshold=0.5)
-        torch.testing.assert_close(found, diffseg.merge(maps, anchors=3, threshold=0.5, backend="triton"))
-
-    def test_maps_of_one_cell_each_stay_apart(self) -> None:
-        found = self.check(torch.eye(16)[None], (4, 4), anchors=4)
-        assert found.counts.tolist() == [16]
-
-    def test_equal_maps_become_one(self) -> None:
-        row = torch.rand(20).square()
-        found = self.check((row / row.sum()).expand(2, 20, 20), (4, 5), anchors=4, threshold=1e-4)
-        assert found.counts.tolist() == [1, 1]
-        assert found.maps[:, 1:].eq(0).all()
 
     @pytest.mark.parametrize("sharpness", [1.0, 8.0, 25.0])
     def test_distances_are_within_the_contract(self, sharpness: float) -> None:
@@ -269,21 +231,8 @@ class TestMerge:
         assert found.maps[0, : int(found.counts), 7].isnan().all()
 
 
-class TestLabel:
-    @pytest.mark.parametrize(
-        ("grid", "size"), [((5, 4), (13, 17)), ((1, 6), (2, 9)), ((4, 4), (3, 3)), ((6, 5), (6, 5))]
-    )
-    def test_equals_the_reference(self, grid: tuple[int, int], size: tuple[int, int]) -> None:
-        generator = torch.Generator().manual_seed(3)
-        maps = torch.rand(3, 14, grid[0] * grid[1], generator=generator)[:, ::2]
-        proposals = Proposals(maps, torch.tensor([7, 1, 4], dtype=torch.int32), grid)
-        found = diffseg.label(proposals, size, backend="triton")
-        assert torch.equal(found, diffseg.label(proposals, size, backend="reference"))
-
-    def test_ties_go_to_the_lowest_and_padding_never_wins(self) -> None:
-        maps = torch.stack([torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), torch.tensor([9.0, 9.0])])[None]
-        found = diffseg.label(Proposals(maps, torch.tensor([2], dtype=torch.int32), (1, 2)), (3, 3), backend="triton")
-        assert found.eq(0).all()
+class TestLabel(LabelContract):
+    backend = "triton"
 
     def test_counts_of_any_stride(self) -> None:
         maps = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0))
