@@ -96,7 +96,7 @@ def test_backends_are_listed_and_the_others_say_why(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ("growth", "capture", "pipeline")])
 def test_every_stage_runs(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks, "FOLDER_IMAGES", 2)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # the usual one takes half a minute
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # the usual one: half a minute
     peers.compiled_first_round.cache_clear()
     path = tmp_path / "out.json"
     assert bench(stage, "--case", "thin", "--json", str(path)) == 0

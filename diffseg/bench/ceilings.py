@@ -6,7 +6,8 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,9 @@ def _most(steps: Callable[[int], float]) -> float:
     while time.perf_counter() < end:
         begin = time.perf_counter()
         count = steps(rounds)
-        elapsed = time.perf_counter() - begin
-        best = max(best, count / elapsed)
-        rounds *= 2 if elapsed < 1e-3 else 1
+        seconds = time.perf_counter() - begin
+        best = max(best, count / seconds)
+        rounds *= 2 if seconds < 1e-3 else 1
     return torch.get_num_threads() * best
 
 
@@ -128,13 +129,14 @@ def _fastest(run: Callable[[], Tensor | None], device: torch.device) -> float:
     return best
 
 
-class _tf32:  # noqa: N801  (a context manager)
-    def __enter__(self) -> None:
-        self.before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = True
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = self.before
+@contextmanager
+def _tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @functools.cache
