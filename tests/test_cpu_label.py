@@ -88,6 +88,8 @@ def test_the_largest_of_negative_values_wins(isa: str) -> None:
     expected = diffseg.label(proposals, (31, 29), backend="reference")
     assert expected.unique().numel() > 3
     assert torch.equal(label(proposals, (31, 29)), expected)
+    proposals.maps[:, 2] = 0.0  # its bounds are the floor itself, less no rounding
+    assert (label(proposals, (31, 29)) == 2).all()
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), -float("inf")])
