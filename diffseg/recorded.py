@@ -158,7 +158,6 @@ class Recordings:
         self._held.pop((shape, options), None)
         weights = [tensor.data for network in networks for tensor in (*network.parameters(), *network.buffers())]
         self._held[shape, options] = Recording(run, shape, device, weights)
-        self._missed.discard((shape, options))
         self._marks = _marks(networks)
 
     def find(self, shape: Shape, options: Options, networks: Sequence[nn.Module]) -> Recording | None:
