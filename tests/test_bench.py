@@ -555,6 +555,15 @@ class TestGates:
         with pytest.raises(gates.GateError, match=r"of pixels, not 99\.9%"):
             gate(good._replace(counts=torch.ones_like(good.counts)))
 
+    def test_first_round(self) -> None:
+        case = thin()
+        anchors = diffseg.ops.anchor_indices(case.grid, 8)
+        gate = gates.first_round_gate(case.attention, anchors, 1.0)
+        good = diffseg.merge(case.attention, anchors=8, iterations=1)
+        gate(good)
+        with pytest.raises(gates.GateError, match="a mean of round 1 is"):
+            gate(good._replace(maps=0.99 * good.maps))
+
     def test_label(self) -> None:
         proposals = diffseg.merge(thin().attention, anchors=8)
         gate = gates.label_gate(proposals, (64, 64))

@@ -46,6 +46,7 @@ def test_merge_of_stable_diffusion() -> None:
     assert nothing_merges.bytes == 4 * CELLS * (CELLS + ANCHORS)
     assert cost.first_round(CELLS, ANCHORS, density=0.0, batch=3) == nothing_merges * 3
     assert cost.later_rounds(CELLS, ANCHORS, 2, batch=3) == cost.later_rounds(CELLS, ANCHORS, 1) * 6
+    assert cost.later_rounds(CELLS, ANCHORS, 1).bytes == 2 * 4 * CELLS * ANCHORS
     assert f"{cost.later_rounds(CELLS, ANCHORS, 2).flops / 2e9:.1f}" == "0.5"
 
 

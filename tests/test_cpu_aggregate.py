@@ -160,6 +160,14 @@ def test_every_float16_is_widened(isa):
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("cell", [0, 24], ids=["in a vector", "beyond the last"])
+def test_infinity_of_float16_stays(isa, cell):
+    maps = torch.ones(1, 1, 25, 25, dtype=torch.float16)
+    maps[0, 0, 3, cell] = torch.inf
+    with pytest.raises(ValueError, match="layer 0: expected finite attention"):
+        diffseg.aggregate_maps([maps], backend="cpu")
+
+
 def test_bfloat16_storage(isa):
     queries, keys, grids = layers("square")
     found = diffseg.aggregate(queries, keys, grids=grids, dtype=torch.bfloat16, backend="cpu")
