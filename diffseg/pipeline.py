@@ -158,6 +158,15 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         self._recordings.drop_stale(self._networks())
         return self
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As ``DiffusionPipeline.save_pretrained``; ValueError where :meth:`warmup` has joined projections."""
+        if self._fused is not None:
+            raise ValueError(
+                "save_pretrained: expected the weights as they were loaded, found Q, K and V joined by warmup: "
+                "call release() first"
+            )
+        super().save_pretrained(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy or a pickle: without graphs, compiled networks and references to the original's parts."""
         return {**self.__dict__, "_recordings": Recordings(), "_compiled": None, "_prompt_source": None}

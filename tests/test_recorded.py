@@ -242,6 +242,16 @@ def test_new_weights_come_between_release_and_warmup(pipe, replays):
     assert not np.array_equal(found.labels[0], before.labels[0])
 
 
+def test_joined_projections_are_not_saved(pipe, tmp_path):
+    join_as_on_a_gpu(pipe)
+    with pytest.raises(ValueError, match=r"save_pretrained: .* call release\(\) first"):
+        pipe.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    pipe.release()
+    pipe.save_pretrained(tmp_path)
+    assert DiffSegPipeline.from_pretrained(tmp_path).unet.state_dict().keys() == pipe.unet.state_dict().keys()
+
+
 def test_a_replaced_unet_is_split(pipe):
     first, second = pipe.unet, pixel_pipeline(seed=1).unet
     join_as_on_a_gpu(pipe)
