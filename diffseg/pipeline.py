@@ -740,8 +740,11 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def _default_resolution(self) -> int:
         """The side, in pixels, at which the UNet was trained."""
-        sample_size = self.unet.config.sample_size
-        return (max(sample_size) if isinstance(sample_size, Sequence) else sample_size) * self.vae_scale_factor
+        config = self.unet.config
+        side = max(config.sample_size) if isinstance(config.sample_size, Sequence) else config.sample_size
+        if self.vae is not None and _is_before_0_9(config.get("_diffusers_version", "0.9")):
+            side = max(side, 64)  # fine-tunes of that time say 32; diffusers' own pipeline corrects them too
+        return int(side * self.vae_scale_factor)
 
 
 def _aggregated(
@@ -824,6 +827,11 @@ def _dtype(network: Any) -> torch.dtype:
     """In which it computes; asked so, since diffusers takes milliseconds to answer."""
     dtype: torch.dtype = network.dtype if moves_weights(network) else next(network.parameters()).dtype
     return dtype
+
+
+def _is_before_0_9(version: str) -> bool:
+    major, minor = version.split(".")[:2]
+    return (int(major), int(minor)) < (0, 9)
 
 
 def _is_channels_last(network: torch.nn.Module) -> bool:

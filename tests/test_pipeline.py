@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -64,6 +65,20 @@ def test_from_pretrained_and_from_pipe_agree(layout, tmp_path, caplog):
     assert not [record for record in caplog.records if "DiffSegPipeline" in record.getMessage()]
     assert shared.unet is parent.unet
     assert np.array_equal(loaded(picture()).labels[0], shared(picture()).labels[0])
+
+
+@pytest.mark.parametrize(("version", "side"), [("0.6.0", 64), ("0.8.0.dev0", 64), ("0.9.0", 32), ("0.42.1", 32)])
+def test_old_fine_tunes_are_processed_at_the_size_that_they_were_trained_at(checkpoint, tmp_path, version, side):
+    """Their files say 32; diffusers' own pipeline corrects those of the same versions."""
+    folder = shutil.copytree(checkpoint, tmp_path / "old")
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sample_size": 32, "_diffusers_version": version}))
+    loaded = DiffSegPipeline.from_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        parent = StableDiffusionPipeline.from_pretrained(folder)
+    assert parent.unet.config.sample_size == side
+    assert loaded.processed_size((100, 100)) == (side * loaded.vae_scale_factor, side * loaded.vae_scale_factor)
 
 
 def test_from_pipe_leaves_the_dtypes(checkpoint):
