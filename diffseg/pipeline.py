@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, Union
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -124,6 +124,8 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
     @classmethod
     def download(cls, pretrained_model_name: Any, **kwargs: Any) -> Any:
         """As ``DiffusionPipeline.download``, without the files of what segmentation does not need."""
+        from diffusers import StableDiffusionPipeline  # which transformers warns of, where torchvision is missing
+
         return StableDiffusionPipeline.download(pretrained_model_name, **{**kwargs, **dict.fromkeys(_NOT_NEEDED)})
 
     @classmethod

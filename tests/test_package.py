@@ -42,6 +42,12 @@ def test_import_pulls_in_nothing_heavy() -> None:
         assert f"'{heavy}'" not in loaded
 
 
+def test_the_pipeline_asks_for_no_torchvision() -> None:
+    """transformers warns of image processors without it, which diffusers' own pipelines import."""
+    command = [sys.executable, "-c", "import diffseg.pipeline"]
+    assert "torchvision" not in subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
 def test_import_costs_little_beyond_torch() -> None:
     code = "import time, torch; start = time.process_time(); import diffseg; print(time.process_time() - start)"
     assert min(float(run(code)) for _ in range(2)) < 0.25
