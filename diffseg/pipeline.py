@@ -124,7 +124,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
     @classmethod
     def download(cls, pretrained_model_name: Any, **kwargs: Any) -> Any:
         """As ``DiffusionPipeline.download``, without the files of what segmentation does not need."""
-        from diffusers import StableDiffusionPipeline  # which transformers warns of, where torchvision is missing
+        from diffusers import StableDiffusionPipeline  # of which transformers warns, where torchvision is missing
 
         return StableDiffusionPipeline.download(pretrained_model_name, **{**kwargs, **dict.fromkeys(_NOT_NEEDED)})
 

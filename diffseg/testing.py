@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    PNDMScheduler,
-    SchedulerMixin,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -137,6 +130,8 @@ def tiny_pipeline(
     Raises:
         ValueError: ``layout`` is neither ``"sd1"`` nor ``"sd2"``.
     """
+    from diffusers import StableDiffusionPipeline  # of which transformers warns, where torchvision is missing
+
     if layout not in ("sd1", "sd2"):
         raise ValueError(f"layout: expected 'sd1' or 'sd2', got {layout!r}")
     unet = tiny_unet(layout, seed=seed, dtype=dtype, **config)
