@@ -84,6 +84,23 @@ class TestAggregate:
             queries, keys, grids=grids, scales=[0.2, 0.3, 0.1, 0.25, 0.4], weights=[1.0, 2.0, 0.0, 3.0, 0.5]
         )
 
+    def test_a_negative_scale_of_a_layer_whose_share_is_one(
+        self, layers: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of integers from 2**31 to 2**32 the interpreter stores four bytes, and four that happen to follow."""
+        written: list[int] = []
+        write = aggregate_kernels.integers_on_device
+
+        def noted(values: Sequence[int], device: torch.device) -> Tensor:
+            written.extend(values)
+            return write(values, device)
+
+        monkeypatch.setattr(aggregate_kernels, "integers_on_device", noted)
+        scene = layers([(3, 4)], heads=1, dtype=torch.float32)
+        check_aggregate(scene.queries, scene.keys, grids=scene.grids, scales=[-0.5])
+        assert written
+        assert not any(2**31 <= word < 2**32 for word in written)
+
     def test_large_scores_do_not_overflow(self, layers: Callable[..., Any]) -> None:
         scene = layers([(4, 4)], dtype=torch.float32)
         queries, keys = [scene.queries[0] * 8], scene.keys
