@@ -97,11 +97,13 @@ def _load_cuda() -> Any:
     return importlib.import_module("diffseg.native").cuda()
 
 
-def _cuda_limit(device: torch.device, *, lows: int = 0, rows: Sequence[Grid] = (), **request: Any) -> str | None:
+def _cuda_limit(
+    device: torch.device, *, lows: Sequence[Grid] = (), rows: Sequence[Grid] = (), **request: Any
+) -> str | None:
     kernels = _load_cuda()
     reason: str | None = kernels.obstacle(device)
-    if reason is None and lows > _CUDA_LOWS:
-        return f"expected at most {_CUDA_LOWS} grids below the output's, got {lows}"
+    if reason is None and len(lows) > _CUDA_LOWS:
+        return f"expected at most {_CUDA_LOWS} grids below the output's, got {len(lows)}"
     return reason or kernels.row_obstacle(device, rows) or _gpu_limit(device, **request)
 
 
@@ -110,11 +112,11 @@ def _load_triton() -> SimpleNamespace:
         import triton
     except ImportError as error:
         raise ImportError(f"Triton is not installed ({error}): pip install -e '.[triton]' in a checkout") from error
-    if _version(triton) < (3, 2):
+    if version_of(triton.__version__) < (3, 2):
         raise ImportError(f"expected Triton 3.2 or later, found {triton.__version__}")
-    if _TRITON_INTERPRETED and _version(triton) < (3, 7):
+    if _TRITON_INTERPRETED and version_of(triton.__version__) < (3, 7):
         numpy = importlib.import_module("numpy")  # from 2.4 on it takes no array of one element for a number
-        if _version(numpy) >= (2, 4):
+        if version_of(numpy.__version__) >= (2, 4):
             raise ImportError(f"the interpreter of Triton before 3.7 needs NumPy before 2.4, found {numpy.__version__}")
     if not torch.cuda.is_available() and not _TRITON_INTERPRETED:
         raise ImportError("no CUDA or ROCm GPU is visible")
@@ -131,8 +133,9 @@ def _load_triton() -> SimpleNamespace:
     )
 
 
-def _version(module: Any) -> tuple[int, ...]:
-    return tuple(int(part) for part in module.__version__.split(".")[:2])
+def version_of(text: str) -> tuple[int, ...]:
+    """The first two numbers of a library's version."""
+    return tuple(int(part) for part in text.split(".")[:2])
 
 
 def _triton_limit(device: torch.device, *, width: int = 1, tokens: int = 1, **request: Any) -> str | None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from . import ops
+from .memory import of_images
 from .reference import Grid
 
 _DEFAULT_SCALE = (AttnProcessor2_0, FusedAttnProcessor2_0)  # scale by d ** -0.5, whatever attn.scale says
@@ -98,13 +99,10 @@ class AttentionRecord:
         Its ``grid`` is :attr:`output_grid` unless another is given. ``images`` are those of the batch that it is made
         of; None: all.
         """
-        queries, keys, logsumexps = self.queries, self.keys, self.logsumexps
-        if images is not None:
-            queries, keys = [each[images] for each in queries], [each[images] for each in keys]
-            logsumexps = logsumexps and [each[images] for each in logsumexps]
+        logsumexps = self.logsumexps
         return ops.aggregate(
-            queries, keys, grids=self.grids, scales=self.scales, logsumexps=logsumexps,
-            **{"grid": self.output_grid, **options},
+            of_images(self.queries, images), of_images(self.keys, images), grids=self.grids, scales=self.scales,
+            logsumexps=logsumexps and of_images(logsumexps, images), **{"grid": self.output_grid, **options},
         )  # fmt: skip
 
     def _settled(self) -> list[_Layer]:

@@ -96,7 +96,7 @@ def _aggregate_into(
     pairs = _of(used, _pairs(grids))
     lows = _lows(pairs, grid)
     run = backends.implementation(
-        backend, "aggregate", first.device, first.dtype, width=width, storage=out.dtype, lows=len(lows), rows=lows,
+        backend, "aggregate", first.device, first.dtype, width=width, storage=out.dtype, lows=lows, rows=lows,
         images=len(first) * len(used),
     )  # fmt: skip
     with _named(used):
@@ -130,7 +130,7 @@ def _aggregate_maps_into(
     used = _used(ratios)
     pairs = _of(used, _pairs(grids))
     run = backends.implementation(
-        backend, "aggregate_maps", maps[0].device, maps[0].dtype, storage=out.dtype, lows=len(_lows(pairs, grid)),
+        backend, "aggregate_maps", maps[0].device, maps[0].dtype, storage=out.dtype, lows=_lows(pairs, grid),
         rows=pairs, images=len(maps[0]),
     )  # fmt: skip
     with _named(used):

@@ -47,7 +47,7 @@ def in_parts(
 ) -> tuple[Tensor, ...]:
     """What ``work`` makes of a batch as large as ``like``'s; on a CPU of as many images at a time as fit what is kept.
 
-    There new memory for a large batch's A_f takes longer than all that is done with it.
+    More would be given new memory in every call, and hold it all at once.
 
     Args:
         work: from which images (None: all), and memory for their A_f over ``grid`` or None, to tensors [B, ...].
@@ -66,6 +66,11 @@ def in_parts(
         with attention_memory(like[part], grid) as memory:
             found.append(work(part, memory))
     return tuple(map(torch.cat, zip(*found, strict=True)))
+
+
+def of_images(layers: list[Tensor], images: slice | None) -> list[Tensor]:
+    """Of tensors [B, ...], what belongs to some images; None: to all."""
+    return layers if images is None else [each[images] for each in layers]
 
 
 def available(device: torch.device) -> float:

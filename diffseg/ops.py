@@ -34,7 +34,7 @@ from .checks import (
     plain,
 )
 from .library import ops as operators
-from .memory import in_parts
+from .memory import in_parts, of_images
 from .reference import Grid
 
 Rule = Literal["paper", "official"]
@@ -54,11 +54,11 @@ class _Layers(NamedTuple):
 
     def of(self, images: slice | None) -> _Layers:
         """Those of some images of the batch; None: of all."""
-        if images is None:
-            return self
-        queries, keys = ([each[images] for each in layers] for layers in (self.queries, self.keys))
-        logsumexps = self.logsumexps and [each[images] for each in self.logsumexps]
-        return self._replace(queries=queries, keys=keys, logsumexps=logsumexps)
+        return self._replace(
+            queries=of_images(self.queries, images),
+            keys=of_images(self.keys, images),
+            logsumexps=self.logsumexps and of_images(self.logsumexps, images),
+        )
 
 
 class Proposals(NamedTuple):

@@ -744,7 +744,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         """The side, in pixels, at which the UNet was trained."""
         config = self.unet.config
         side = max(config.sample_size) if isinstance(config.sample_size, Sequence) else config.sample_size
-        if self.vae is not None and _is_before_0_9(config.get("_diffusers_version", "0.9")):
+        if self.vae is not None and backends.version_of(config.get("_diffusers_version", "0.9")) < (0, 9):
             side = max(side, 64)  # fine-tunes of that time say 32; diffusers' own pipeline corrects them too
         return int(side * self.vae_scale_factor)
 
@@ -829,11 +829,6 @@ def _dtype(network: Any) -> torch.dtype:
     """In which it computes; asked so, since diffusers takes milliseconds to answer."""
     dtype: torch.dtype = network.dtype if moves_weights(network) else next(network.parameters()).dtype
     return dtype
-
-
-def _is_before_0_9(version: str) -> bool:
-    major, minor = version.split(".")[:2]
-    return (int(major), int(minor)) < (0, 9)
 
 
 def _is_channels_last(network: torch.nn.Module) -> bool:

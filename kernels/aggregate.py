@@ -162,11 +162,8 @@ def _divides(grid: Grid, output: Grid) -> bool:
 
 
 def _pack(first: float, second: float) -> int:
-    """Two float32 as the halves of one int64, the first in the low half.
-
-    Never from 2**31 to 2**32: of those Triton's interpreter keeps four bytes and stores eight. So 0 becomes -0.
-    """
-    packed: int = struct.unpack("<q", struct.pack("<ff", first, second or -0.0))[0]
+    """Two float32 as the halves of one int64, the first in the low half."""
+    packed: int = struct.unpack("<q", struct.pack("<ff", first, second))[0]
     return packed
 
 
