@@ -1,18 +1,21 @@
 """DiffSeg as a diffusers pipeline: images in, label maps out."""
 
+import json
 import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, Union
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -123,9 +126,24 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @classmethod
     def download(cls, pretrained_model_name: Any, **kwargs: Any) -> Any:
-        """As ``DiffusionPipeline.download``, without the files of what segmentation does not need."""
+        """As ``DiffusionPipeline.download``, without the files of what segmentation does not need.
+
+        Raises:
+            ValueError: the checkpoint has no UNet, or one that is conditioned on more than text; nothing is downloaded.
+        """
         from diffusers import StableDiffusionPipeline  # of which transformers warns, where torchvision is missing
 
+        where = {
+            each: kwargs[each] for each in ("cache_dir", "local_files_only", "revision", "token") if each in kwargs
+        }
+
+        def configuration(name: str) -> Any:
+            return json.loads(Path(hf_hub_download(pretrained_model_name, name, **where)).read_text())
+
+        with suppress(OSError):  # where a file is missing, the download below says why
+            cls.extract_init_dict(configuration("model_index.json"))
+            if "unet" not in kwargs:
+                _check_conditioning(configuration("unet/config.json"))
         return StableDiffusionPipeline.download(pretrained_model_name, **{**kwargs, **dict.fromkeys(_NOT_NEEDED)})
 
     @classmethod
@@ -790,12 +808,7 @@ def _check_components(unet: Any, vae: Any, text_encoder: Any, tokenizer: Any) ->
     config = getattr(unet, "config", None)
     if config is None or not hasattr(config, "cross_attention_dim"):
         raise TypeError(f"unet: expected a UNet2DConditionModel, got {type(unet).__name__}")
-    kinds = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")  # of SDXL, unCLIP and IP-Adapters
-    if more := [f"{kind}={config[kind]!r}" for kind in kinds if config[kind] is not None]:
-        raise ValueError(
-            "unet: expected a UNet conditioned on text alone, as in Stable Diffusion 1.x and 2.x, got one with "
-            f"{', '.join(more)} (SDXL is served by diffseg.record_attention and diffseg.segment)"
-        )
+    _check_conditioning(config)
     parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
     missing = [name for name, part in parts.items() if part is None]
     if missing and len(missing) < len(parts):
@@ -814,6 +827,16 @@ def _check_components(unet: Any, vae: Any, text_encoder: Any, tokenizer: Any) ->
         raise ValueError(
             f"unet: expected {channels} input channels, {'RGB' if vae is None else 'the latents of the vae'}, got "
             f"{config.in_channels}: inpainting, depth and upscaling checkpoints are not served"
+        )
+
+
+def _check_conditioning(config: Mapping[str, Any]) -> None:
+    """Of a UNet, which may be in a file that leaves out defaults."""
+    kinds = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")  # of SDXL, unCLIP and IP-Adapters
+    if more := [f"{kind}={config[kind]!r}" for kind in kinds if config.get(kind) is not None]:
+        raise ValueError(
+            "unet: expected a UNet conditioned on text alone, as in Stable Diffusion 1.x and 2.x, got one with "
+            f"{', '.join(more)} (SDXL is served by diffseg.record_attention and diffseg.segment)"
         )
 
 

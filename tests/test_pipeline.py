@@ -131,24 +131,46 @@ def test_pickled_weights_only_when_asked_for(checkpoint, tmp_path):
     assert DiffSegPipeline.from_pretrained(tmp_path, use_safetensors=False).unet is not None
 
 
+def cached(checkpoint, folder, index, absent):
+    """A checkpoint in a cache, as a repository's that has files ``absent`` besides; what loads it from there."""
+    commit = "0" * 40
+    repository = folder / "models--owner--name"
+    snapshot = repository / "snapshots" / commit
+    shutil.copytree(checkpoint, snapshot)
+    (snapshot / "model_index.json").write_text(json.dumps(index))
+    on_the_hub = {str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()} | set(absent)
+    for path in absent:
+        (snapshot / path).unlink(missing_ok=True)
+    tree = {"format_version": 1, "files": {path: {"size": 1, "blob_id": "x"} for path in on_the_hub}}
+    for name, content in (("refs/main", commit), (f"trees/{commit}.json", json.dumps(tree))):
+        (repository / name).parent.mkdir()
+        (repository / name).write_text(content)
+    return {"pretrained_model_name_or_path": "owner/name", "cache_dir": folder, "local_files_only": True}
+
+
 def test_what_is_not_needed_is_neither_downloaded_nor_missed(checkpoint, tmp_path):
     """In a cache without it, of a repository that has it as a pickle alone."""
-    commit = "0" * 40
-    cached = tmp_path / "models--owner--name"
-    shutil.copytree(checkpoint, cached / "snapshots" / commit)
     index = json.loads((checkpoint / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
-    (cached / "snapshots" / commit / "model_index.json").write_text(json.dumps(index))
-    there = [str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()]
-    on_the_hub = {path: {"size": 1, "blob_id": "x"} for path in [*there, "safety_checker/pytorch_model.bin"]}
-    for name, content in (
-        ("refs/main", commit),
-        (f"trees/{commit}.json", json.dumps({"format_version": 1, "files": on_the_hub})),
-    ):
-        (cached / name).parent.mkdir()
-        (cached / name).write_text(content)
-    pipe = DiffSegPipeline.from_pretrained("owner/name", cache_dir=tmp_path, local_files_only=True)
-    assert pipe.text_encoder is not None
+    where = cached(checkpoint, tmp_path, index, ["safety_checker/pytorch_model.bin"])
+    assert DiffSegPipeline.from_pretrained(**where).text_encoder is not None
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        ("transformer", "a checkpoint with a UNet, .* got one of a StableDiffusion3Pipeline"),
+        ("unet", "a UNet conditioned on text alone, .* got one with addition_embed_type='text_time'"),
+    ],
+)
+def test_what_is_not_served_is_not_downloaded(network, expected, checkpoint, tmp_path):
+    index = json.loads((checkpoint / "model_index.json").read_text())
+    index |= {network: index.pop("unet"), "_class_name": "StableDiffusion3Pipeline"}
+    where = cached(checkpoint, tmp_path, index, [f"{network}/diffusion_pytorch_model.safetensors"])
+    config = next(tmp_path.rglob("unet/config.json"))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "addition_embed_type": "text_time"}))
+    with pytest.raises(ValueError, match=f"expected {expected}"):
+        DiffSegPipeline.from_pretrained(**where)
 
 
 def test_a_checkpoint_without_a_unet_is_refused_before_it_is_loaded(checkpoint, tmp_path):
