@@ -17,6 +17,10 @@ import diffseg
 from diffseg import Proposals
 
 SIDES = (64, 32, 16, 8)  # of the golden layers' grids
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+RULES = ("paper", "official")
+DIVISIBLE = [(6, 4), (3, 4), (6, 4), (3, 2)]
+INDIVISIBLE = [(5, 3), (5, 7), (2, 4), (5, 3)]
 
 
 @cache
@@ -96,8 +100,150 @@ def assert_numbered_as_the_reference(
         assert torch.equal(given, expected)
 
 
+class AggregateContract:
+    """What ``aggregate`` of ``backend`` is held to: tests of a GPU's kernels inherit from this."""
+
+    backend: str
+    rounding = 2**-8 + 1e-4  # of storage in bfloat16
+
+    def check(self, queries: Sequence[Tensor], keys: Sequence[Tensor], **options: Any) -> None:
+        found = diffseg.aggregate(queries, keys, backend=self.backend, **options)
+        options["dtype"] = torch.float64
+        expected = diffseg.aggregate(as_double(queries), as_double(keys), backend="reference", **options)
+        assert_same_attention(found, expected)
+
+    @pytest.mark.parametrize("given", [True, False], ids=["logsumexps", "computed"])
+    @pytest.mark.parametrize("grids", [DIVISIBLE, INDIVISIBLE], ids=["divisible", "indivisible"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_meets_the_contract(
+        self, layers: Callable[..., Any], dtype: torch.dtype, grids: list[tuple[int, int]], given: bool
+    ) -> None:
+        scene = layers(grids, batch=3 if grids is DIVISIBLE and given else 1, dim=24, dtype=dtype)
+        logsumexps = logsumexps_of(scene.queries, scene.keys) if given else None
+        self.check(scene.queries, scene.keys, grids=grids, logsumexps=logsumexps)
+
+    @pytest.mark.parametrize("dim", [8, 40, 63, 96, 160])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_heads_of_any_width(self, layers: Callable[..., Any], dtype: torch.dtype, dim: int) -> None:
+        scene = layers([(4, 5)], heads=1, dim=dim, dtype=dtype)
+        self.check(scene.queries, scene.keys, grids=scene.grids)
+
+    @pytest.mark.parametrize("step", [1, 2], ids=["projections", "every other channel"])
+    def test_strided_inputs(self, layers: Callable[..., Any], step: int) -> None:
+        scene = layers(DIVISIBLE, batch=2, heads=3, dim=16 * step, dtype=torch.float16)
+        queries, keys = (
+            [tensor.transpose(1, 2).contiguous().transpose(1, 2)[..., ::step] for tensor in tensors]
+            for tensors in (scene.queries, scene.keys)
+        )
+        assert not queries[0].is_contiguous()
+        logsumexps = [rows.transpose(1, 2).contiguous().transpose(1, 2) for rows in logsumexps_of(queries, keys)]
+        self.check(queries, keys, grids=DIVISIBLE, logsumexps=logsumexps)
+
+    def test_layers_of_one_grid_need_not_be_alike(self, layers: Callable[..., Any]) -> None:
+        grids = [(3, 3), (6, 6), (6, 6), (3, 3), (6, 6)]
+        shapes = [(1, 8), (2, 8), (3, 28), (2, 40), (2, 8)]
+        made = [layers([grid], heads=heads, dim=dim) for grid, (heads, dim) in zip(grids, shapes, strict=True)]
+        queries, keys = [scene.queries[0].float() for scene in made], [scene.keys[0].float() for scene in made]
+        self.check(queries, keys, grids=grids, scales=[0.2, 0.3, 0.1, 0.25, 0.4], weights=[1.0, 2.0, 0.0, 3.0, 0.5])
+
+    def test_large_scores_do_not_overflow(self, layers: Callable[..., Any]) -> None:
+        scene = layers([(4, 4)], dtype=torch.float32)
+        queries, keys = [scene.queries[0] * 8], scene.keys
+        assert (queries[0] @ keys[0].mT).max() > 128  # 2 ** 128 is beyond float32
+        self.check(queries, keys, grids=scene.grids, scales=[1.0])
+
+    def test_a_negative_scale(self, layers: Callable[..., Any]) -> None:
+        scene = layers([(3, 5)], dtype=torch.float32)
+        self.check(scene.queries, scene.keys, grids=scene.grids, scales=[-0.5])
+
+    def test_where_upsampling_weighs_a_large_neighbour_with_nearly_nothing(self) -> None:
+        """A weight of 1e-7 in place of 0 is 1e-7 of the neighbour."""
+        grids = [(1, 7), (1, 13)]  # in float32 the seventh cell of 13 lies 2e-7 beyond the fourth of 7
+        generator = torch.Generator().manual_seed(4)
+        queries = [5 * torch.eye(h * w).view(1, 1, h * w, h * w) for h, w in grids]
+        keys = [query + 0.1 * torch.randn(query.shape, generator=generator) for query in queries]
+        self.check(queries, keys, grids=grids, scales=[1.0, 1.0], weights=[1.0, 0.0])
+
+    @pytest.mark.parametrize("grids", [DIVISIBLE, INDIVISIBLE], ids=["divisible", "indivisible"])
+    def test_layers_without_a_share_are_not_read(
+        self, layers: Callable[..., Any], grids: list[tuple[int, int]]
+    ) -> None:
+        scene = layers(grids, batch=2, dtype=torch.float32)
+        assert_layers_without_a_share_are_not_read(self.backend, scene.queries, scene.keys, grids)
+
+    @pytest.mark.parametrize("grids", [DIVISIBLE, INDIVISIBLE], ids=["rows of 16 bytes", "odd rows"])
+    def test_storage_in_bfloat16(self, layers: Callable[..., Any], grids: list[tuple[int, int]]) -> None:
+        scene = layers(grids, dtype=torch.float32)
+        options = {"grids": scene.grids, "dtype": torch.bfloat16}
+        found = diffseg.aggregate(scene.queries, scene.keys, backend=self.backend, **options)
+        expected = diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend="reference")
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, rtol=self.rounding, atol=0)
+
+    def test_into_a_tensor(self, layers: Callable[..., Any]) -> None:
+        scene = layers([(4, 4), (2, 2)], dtype=torch.float32)
+        options = {"grids": scene.grids, "backend": self.backend}
+        for run in (
+            partial(diffseg.aggregate, scene.queries, scene.keys, **options),
+            partial(diffseg.aggregate_maps, scene.maps(), **options),
+        ):
+            out = torch.full((1, 16, 16), torch.nan)
+            assert run(out=out) is out
+            assert torch.equal(out, run())
+
+    def test_nan_reaches_the_result(self, layers: Callable[..., Any]) -> None:
+        scene = layers([(4, 4), (2, 2)], dtype=torch.float32)
+        scene.queries[1][0, 0, 2, 0] = torch.nan
+        found = diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend=self.backend)
+        rows = found.isnan().any(-1).view(4, 4)
+        assert rows[2:, :2].all()
+        assert rows.sum() == 4
+
+    def test_an_image_does_not_depend_on_its_batch(self, layers: Callable[..., Any]) -> None:
+        scene = layers(DIVISIBLE, batch=3, dtype=torch.float16)
+        together = diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend=self.backend)
+        queries, keys = ([each[1:2] for each in tensors] for tensors in (scene.queries, scene.keys))
+        assert torch.equal(together[1:2], diffseg.aggregate(queries, keys, grids=scene.grids, backend=self.backend))
+
+
+class MapsContract:
+    """The same of ``aggregate_maps``."""
+
+    backend: str
+
+    def check(self, maps: Sequence[Tensor], grids: list[tuple[int, int]]) -> None:
+        found = diffseg.aggregate_maps(maps, grids=grids, backend=self.backend)
+        expected = diffseg.aggregate_maps(as_double(maps), grids=grids, dtype=torch.float64, backend="reference")
+        assert_same_attention(found, expected)
+
+    def check_random(self, dtype: torch.dtype, grids: list[tuple[int, int]]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        maps = [
+            (3 * torch.rand(1, 1 + index % 2, h * w, h * w, generator=generator)).to(dtype)
+            for index, (h, w) in enumerate(grids)
+        ]
+        self.check(maps, grids)
+
+    @pytest.mark.parametrize(
+        ("dtype", "grids"),
+        [(torch.float32, DIVISIBLE), (torch.float16, INDIVISIBLE), (torch.bfloat16, [(4, 4), (2, 2)])],
+        ids=["float32", "float16", "bfloat16"],
+    )
+    def test_rows_need_not_sum_to_one(self, dtype: torch.dtype, grids: list[tuple[int, int]]) -> None:
+        self.check_random(dtype, grids)
+
+    def test_maps_averaged_over_heads_and_strided(self) -> None:
+        self.check([torch.rand(2, 12, 24).transpose(1, 2)[:, ::2], torch.rand(2, 3, 3)], [(3, 4), (3, 1)])
+
+    def test_nan_reaches_the_result(self) -> None:
+        maps = torch.rand(1, 6, 6)
+        maps[0, 4, 2] = torch.nan
+        found = diffseg.aggregate_maps([maps], grids=[(2, 3)], backend=self.backend)
+        assert found.isnan().any(-1).nonzero().tolist() == [[0, 4]]
+
+
 class MergeContract:
-    """What ``merge`` of ``backend`` is held to: tests of a GPU's kernels inherit from this."""
+    """The same of ``merge``."""
 
     backend: str
 
@@ -109,7 +255,7 @@ class MergeContract:
         torch.testing.assert_close(found.maps.double(), expected.maps, rtol=1e-4, atol=1e-9)
         return found
 
-    @pytest.mark.parametrize("rule", ["paper", "official"])
+    @pytest.mark.parametrize("rule", RULES)
     @pytest.mark.parametrize(("grid", "batch", "anchors"), [((5, 7), 3, 4), ((6, 6), 1, 6)])
     def test_equals_the_reference(
         self, attention: Callable[..., Tensor], grid: tuple[int, int], batch: int, anchors: int, rule: Any

@@ -26,14 +26,17 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from contract import (
+    DIVISIBLE,
+    DTYPES,
+    INDIVISIBLE,
+    RULES,
+    AggregateContract,
     LabelContract,
+    MapsContract,
     MergeContract,
     as_double,
-    assert_layers_without_a_share_are_not_read,
     assert_numbered_as_the_reference,
-    assert_same_attention,
     distances,
-    logsumexps_of,
 )
 from torch import Tensor
 
@@ -44,10 +47,6 @@ from diffseg.ops import resolve_weights
 if sys.platform != "linux":
     pytest.skip("the emulation is written for Linux", allow_module_level=True)
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DIVISIBLE = [(6, 4), (3, 4), (6, 4), (3, 2)]
-INDIVISIBLE = [(5, 3), (5, 7), (2, 4), (5, 3)]
-RULES = ("paper", "official")
 SMALLEST_LIMIT = 99 << 10  # bytes of shared memory that a block can have on every GPU of capability 8.0 or more
 
 
@@ -114,68 +113,19 @@ def on_host(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.BACKENDS, "cuda", backend)
 
 
-def check_aggregate(queries: Sequence[Tensor], keys: Sequence[Tensor], **options: Any) -> Tensor:
-    found = diffseg.aggregate(queries, keys, backend="cuda", **options)
-    expected = diffseg.aggregate(
-        as_double(queries), as_double(keys), backend="reference", **(options | {"dtype": torch.float64})
-    )
-    assert_same_attention(found, expected)
-    return found
-
-
-def check_maps(maps: Sequence[Tensor], grids: list[tuple[int, int]]) -> None:
-    found = diffseg.aggregate_maps(maps, grids=grids, backend="cuda")
-    expected = diffseg.aggregate_maps(as_double(maps), grids=grids, dtype=torch.float64, backend="reference")
-    assert_same_attention(found, expected)
-
-
-class TestAggregate:
-    @pytest.mark.parametrize("given", [True, False], ids=["logsumexps", "computed"])
-    @pytest.mark.parametrize("grids", [DIVISIBLE, INDIVISIBLE], ids=["divisible", "indivisible"])
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_meets_the_contract(
-        self, layers: Callable[..., Any], dtype: torch.dtype, grids: list[tuple[int, int]], given: bool
-    ) -> None:
-        scene = layers(grids, batch=3 if grids is DIVISIBLE else 1, dim=24, dtype=dtype)
-        logsumexps = logsumexps_of(scene.queries, scene.keys) if given else None
-        check_aggregate(scene.queries, scene.keys, grids=grids, logsumexps=logsumexps)
-
-    @pytest.mark.parametrize("dim", [8, 40, 63, 96, 160])
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-    def test_heads_of_any_width(self, layers: Callable[..., Any], dtype: torch.dtype, dim: int) -> None:
-        scene = layers([(4, 5)], heads=1, dim=dim, dtype=dtype)
-        check_aggregate(scene.queries, scene.keys, grids=scene.grids)
+class TestAggregate(AggregateContract):
+    backend = "cuda"
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_more_rows_than_a_tile(self, layers: Callable[..., Any], dtype: torch.dtype) -> None:
         grids = [(11, 13), (5, 6), (11, 13)]
         scene = layers(grids, heads=1, dim=40, dtype=dtype)
-        check_aggregate(scene.queries, scene.keys, grids=grids)
-
-    @pytest.mark.parametrize("step", [1, 2], ids=["projections", "every other channel"])
-    def test_strided_inputs(self, layers: Callable[..., Any], step: int) -> None:
-        scene = layers(DIVISIBLE, batch=2, heads=3, dim=16 * step, dtype=torch.float16)
-        queries, keys = (
-            [tensor.transpose(1, 2).contiguous().transpose(1, 2)[..., ::step] for tensor in tensors]
-            for tensors in (scene.queries, scene.keys)
-        )
-        assert not queries[0].is_contiguous()
-        logsumexps = [rows.transpose(1, 2).contiguous().transpose(1, 2) for rows in logsumexps_of(queries, keys)]
-        check_aggregate(queries, keys, grids=DIVISIBLE, logsumexps=logsumexps)
+        self.check(scene.queries, scene.keys, grids=grids)
 
     def test_projections_are_read_where_they_lie(self) -> None:
         projection = torch.rand(2, 12, 3, 16, dtype=torch.float16).transpose(1, 2)
         assert native._rows_of_16_bytes(projection) is projection
         assert native._rows_of_16_bytes(projection[..., 1:]) is not projection
-
-    def test_layers_of_one_grid_need_not_be_alike(self, layers: Callable[..., Any]) -> None:
-        grids = [(3, 3), (6, 6), (6, 6), (3, 3), (6, 6)]
-        shapes = [(1, 8), (2, 8), (3, 28), (2, 40), (2, 8)]
-        made = [layers([grid], heads=heads, dim=dim) for grid, (heads, dim) in zip(grids, shapes, strict=True)]
-        queries, keys = [scene.queries[0].float() for scene in made], [scene.keys[0].float() for scene in made]
-        check_aggregate(
-            queries, keys, grids=grids, scales=[0.2, 0.3, 0.1, 0.25, 0.4], weights=[1.0, 2.0, 0.0, 3.0, 0.5]
-        )
 
     @pytest.mark.parametrize("given", [True, False], ids=["logsumexps", "computed"])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -213,99 +163,29 @@ class TestAggregate:
         names = [launch[0].removesuffix("_kernel") for launch in launches]
         assert [name for name in names if name.startswith("sum_")] == lows + output
         assert ("logsumexp" in names) != given
-        check_aggregate(queries, keys, **options)
+        self.check(queries, keys, **options)
 
     @pytest.mark.parametrize("small", [(2, 2), (2, 3)], ids=["divisible", "indivisible"])
     def test_more_layers_than_a_launch_takes(self, layers: Callable[..., Any], small: tuple[int, int]) -> None:
         grids = [(4, 4)] * 34 + [small] * 35
         scene = layers(grids, heads=1, dim=8, dtype=torch.float16)
-        check_aggregate(scene.queries, scene.keys, grids=grids, weights=[float(1 + k % 5) for k in range(len(grids))])
-
-    def test_large_scores_do_not_overflow(self, layers: Callable[..., Any]) -> None:
-        scene = layers([(4, 4)], dtype=torch.float32)
-        queries, keys = [scene.queries[0] * 8], scene.keys
-        assert (queries[0] @ keys[0].mT).max() > 128  # 2 ** 128 is beyond float32
-        check_aggregate(queries, keys, grids=scene.grids, scales=[1.0])
-
-    def test_where_upsampling_weighs_a_large_neighbour_with_nearly_nothing(self) -> None:
-        """A weight of 1e-7 in place of 0 is 1e-7 of the neighbour."""
-        grids = [(1, 7), (1, 13)]  # in float32 the seventh cell of 13 lies 2e-7 beyond the fourth of 7
-        generator = torch.Generator().manual_seed(4)
-        queries = [5 * torch.eye(h * w).view(1, 1, h * w, h * w) for h, w in grids]
-        keys = [query + 0.1 * torch.randn(query.shape, generator=generator) for query in queries]
-        check_aggregate(queries, keys, grids=grids, scales=[1.0, 1.0], weights=[1.0, 0.0])
-
-    def test_a_negative_scale(self, layers: Callable[..., Any]) -> None:
-        scene = layers([(3, 5)], dtype=torch.float32)
-        check_aggregate(scene.queries, scene.keys, grids=scene.grids, scales=[-0.5])
-
-    @pytest.mark.parametrize("grids", [DIVISIBLE, INDIVISIBLE], ids=["divisible", "indivisible"])
-    def test_layers_without_a_share_are_not_read(
-        self, layers: Callable[..., Any], grids: list[tuple[int, int]]
-    ) -> None:
-        scene = layers(grids, batch=2, dtype=torch.float32)
-        assert_layers_without_a_share_are_not_read("cuda", scene.queries, scene.keys, grids)
-
-    @pytest.mark.parametrize("grids", [DIVISIBLE, INDIVISIBLE], ids=["rows of 16 bytes", "odd rows"])
-    def test_storage_in_bfloat16(self, layers: Callable[..., Any], grids: list[tuple[int, int]]) -> None:
-        scene = layers(grids, dtype=torch.float32)
-        options = {"grids": scene.grids, "dtype": torch.bfloat16}
-        found = diffseg.aggregate(scene.queries, scene.keys, backend="cuda", **options)
-        expected = diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend="reference")
-        assert found.dtype == torch.bfloat16
-        torch.testing.assert_close(found.float(), expected, rtol=2**-8 + 1e-4, atol=0)
-
-    def test_nan_reaches_the_result(self, layers: Callable[..., Any]) -> None:
-        scene = layers([(4, 4), (2, 2)], dtype=torch.float32)
-        scene.queries[1][0, 0, 2, 0] = torch.nan
-        found = diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend="cuda")
-        rows = found.isnan().any(-1).view(4, 4)
-        assert rows[2:, :2].all()
-        assert rows.sum() == 4
-
-    def test_an_image_does_not_depend_on_its_batch(self, layers: Callable[..., Any]) -> None:
-        scene = layers(DIVISIBLE, batch=3, dtype=torch.float16)
-        together = diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend="cuda")
-        alone = diffseg.aggregate(
-            [query[1:2] for query in scene.queries], [key[1:2] for key in scene.keys], grids=scene.grids, backend="cuda"
-        )
-        assert torch.equal(together[1:2], alone)
+        self.check(scene.queries, scene.keys, grids=grids, weights=[float(1 + k % 5) for k in range(len(grids))])
 
 
-class TestAggregateMaps:
+class TestAggregateMaps(MapsContract):
+    backend = "cuda"
+
     @pytest.mark.parametrize(
         ("dtype", "grids"),
         [
-            (torch.float32, DIVISIBLE),
-            (torch.float16, INDIVISIBLE),
-            (torch.bfloat16, [(4, 4), (2, 2)]),
             (torch.float16, [(8, 8), (4, 4), (3, 5)]),
-            (torch.float32, [(2, 2)] * 35 + [(4, 4)] * 35),  # more than a launch takes
-            (torch.float32, [(1, 1200), (1, 7)]),  # more cells than threads take at once
+            (torch.float32, [(2, 2)] * 35 + [(4, 4)] * 35),
+            (torch.float32, [(1, 1200), (1, 7)]),
         ],
-        ids=["float32", "float16", "bfloat16", "aligned", "many", "long"],
+        ids=["aligned", "more than a launch takes", "more cells than threads take at once"],
     )
-    def test_rows_need_not_sum_to_one(self, dtype: torch.dtype, grids: list[tuple[int, int]]) -> None:
-        generator = torch.Generator().manual_seed(0)
-        maps = [
-            (3 * torch.rand(1, 1 + index % 2, h * w, h * w, generator=generator)).to(dtype)
-            for index, (h, w) in enumerate(grids)
-        ]
-        check_maps(maps, grids)
-
-    def test_maps_averaged_over_heads_and_strided(self) -> None:
-        check_maps([torch.rand(2, 12, 24).transpose(1, 2)[:, ::2], torch.rand(2, 3, 3)], [(3, 4), (3, 1)])
-
-    def test_nan_reaches_the_result(self) -> None:
-        maps = torch.rand(1, 6, 6)
-        maps[0, 4, 2] = torch.nan
-        found = diffseg.aggregate_maps([maps], grids=[(2, 3)], backend="cuda")
-        assert found.isnan().any(-1).nonzero().tolist() == [[0, 4]]
-
-    def test_into_a_tensor(self) -> None:
-        maps, out = [torch.rand(2, 6, 6)], torch.full((2, 6, 6), torch.nan)
-        assert diffseg.aggregate_maps(maps, grids=[(2, 3)], backend="cuda", out=out) is out
-        assert torch.equal(out, diffseg.aggregate_maps(maps, grids=[(2, 3)], backend="cuda"))
+    def test_more_rows_that_need_not_sum_to_one(self, dtype: torch.dtype, grids: list[tuple[int, int]]) -> None:
+        self.check_random(dtype, grids)
 
     def test_into_a_tensor_that_takes_no_vectors(self, monkeypatch: pytest.MonkeyPatch) -> None:
         output, written = native.CudaKernels._output, []

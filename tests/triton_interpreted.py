@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from contract import (
+    INDIVISIBLE,
+    RULES,
+    AggregateContract,
     LabelContract,
+    MapsContract,
     MergeContract,
     as_double,
-    assert_layers_without_a_share_are_not_read,
     assert_numbered_as_the_reference,
-    assert_same_attention,
     distances,
-    logsumexps_of,
 )
 from diffseg.kernels import aggregate as aggregate_kernels
 from diffseg.kernels import cross as cross_kernels
@@ -35,19 +36,6 @@ from torch import Tensor
 import diffseg
 from diffseg import Proposals, backends, reference
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DIVISIBLE = [(6, 4), (3, 4), (6, 4), (3, 2)]
-INDIVISIBLE = [(5, 3), (5, 7), (2, 4), (5, 3)]
-RULES = ("paper", "official")
-
-
-def check_aggregate(queries: Sequence[Tensor], keys: Sequence[Tensor], **options: Any) -> None:
-    found = diffseg.aggregate(queries, keys, backend="triton", **options)
-    expected = diffseg.aggregate(
-        as_double(queries), as_double(keys), backend="reference", **(options | {"dtype": torch.float64})
-    )
-    assert_same_attention(found, expected)
-
 
 def test_integers_of_any_size_arrive() -> None:
     """Those from 2**31 to 2**32 come by way of four bytes in the interpreter: a negative scale, and a share of one."""
@@ -55,54 +43,9 @@ def test_integers_of_any_size_arrive() -> None:
     assert launch.integers_on_device(values, torch.device("cpu")).tolist() == values
 
 
-class TestAggregate:
-    @pytest.mark.parametrize("given", [True, False], ids=["logsumexps", "computed"])
-    @pytest.mark.parametrize("grids", [DIVISIBLE, INDIVISIBLE], ids=["divisible", "indivisible"])
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_meets_the_contract(
-        self, layers: Callable[..., Any], dtype: torch.dtype, grids: list[tuple[int, int]], given: bool
-    ) -> None:
-        scene = layers(grids, batch=3 if grids is DIVISIBLE and given else 1, dim=24, dtype=dtype)
-        logsumexps = logsumexps_of(scene.queries, scene.keys) if given else None
-        check_aggregate(scene.queries, scene.keys, grids=grids, logsumexps=logsumexps)
-
-    @pytest.mark.parametrize("dim", [8, 40, 63, 96, 160])
-    def test_heads_of_any_width(self, layers: Callable[..., Any], dim: int) -> None:
-        scene = layers([(4, 5)], heads=1, dim=dim, dtype=torch.float16)
-        check_aggregate(scene.queries, scene.keys, grids=scene.grids)
-
-    @pytest.mark.parametrize("step", [1, 2], ids=["projections", "every other channel"])
-    def test_strided_inputs_are_read_where_they_lie(self, layers: Callable[..., Any], step: int) -> None:
-        scene = layers(DIVISIBLE, batch=2, heads=3, dim=16 * step, dtype=torch.float16)
-        queries, keys = (
-            [tensor.transpose(1, 2).contiguous().transpose(1, 2)[..., ::step] for tensor in tensors]
-            for tensors in (scene.queries, scene.keys)
-        )
-        assert not queries[0].is_contiguous()
-        logsumexps = [rows.transpose(1, 2).contiguous().transpose(1, 2) for rows in logsumexps_of(queries, keys)]
-        check_aggregate(queries, keys, grids=DIVISIBLE, logsumexps=logsumexps)
-
-    def test_layers_of_one_grid_need_not_be_alike(self, layers: Callable[..., Any]) -> None:
-        grids = [(3, 3), (6, 6), (6, 6), (3, 3), (6, 6)]
-        shapes = [(1, 8), (2, 8), (3, 20), (2, 16), (2, 8)]
-        made = [layers([grid], heads=heads, dim=dim) for grid, (heads, dim) in zip(grids, shapes, strict=True)]
-        queries, keys = [scene.queries[0].float() for scene in made], [scene.keys[0].float() for scene in made]
-        check_aggregate(
-            queries, keys, grids=grids, scales=[0.2, 0.3, 0.1, 0.25, 0.4], weights=[1.0, 2.0, 0.0, 3.0, 0.5]
-        )
-
-    def test_large_scores_do_not_overflow(self, layers: Callable[..., Any]) -> None:
-        scene = layers([(4, 4)], dtype=torch.float32)
-        queries, keys = [scene.queries[0] * 8], scene.keys
-        assert (queries[0] @ keys[0].mT).max() > 128  # 2 ** 128 is beyond float32
-        check_aggregate(queries, keys, grids=scene.grids, scales=[1.0])
-
-    @pytest.mark.parametrize("grids", [DIVISIBLE, INDIVISIBLE], ids=["divisible", "indivisible"])
-    def test_layers_without_a_share_are_not_read(
-        self, layers: Callable[..., Any], grids: list[tuple[int, int]]
-    ) -> None:
-        scene = layers(grids, batch=2, dtype=torch.float32)
-        assert_layers_without_a_share_are_not_read("triton", scene.queries, scene.keys, grids)
+class TestAggregate(AggregateContract):
+    backend = "triton"
+    rounding = 2**-7  # the interpreter cuts off
 
     def test_storage_in_bfloat16_of_layers_that_are_not_alike(self, layers: Callable[..., Any]) -> None:
         """Each is a launch of its own; the sum is rounded once."""
@@ -116,34 +59,6 @@ class TestAggregate:
         found = diffseg.aggregate_maps(maps, dtype=torch.bfloat16, backend="triton")
         torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=0)
 
-    def test_storage_in_bfloat16(self, layers: Callable[..., Any]) -> None:
-        scene = layers(DIVISIBLE, dtype=torch.float32)
-        options = {"grids": scene.grids, "dtype": torch.bfloat16}
-        found = diffseg.aggregate(scene.queries, scene.keys, backend="triton", **options)
-        expected = diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend="reference")
-        assert found.dtype == torch.bfloat16
-        torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=0)  # the interpreter cuts off
-
-    def test_into_a_tensor(self, layers: Callable[..., Any]) -> None:
-        scene = layers([(4, 4), (2, 2)], dtype=torch.float32)
-        options = {"grids": scene.grids, "backend": "triton"}
-        maps = [(query @ key.mT).softmax(-1) for query, key in zip(scene.queries, scene.keys, strict=True)]
-        for run in (
-            lambda **more: diffseg.aggregate(scene.queries, scene.keys, **options, **more),
-            lambda **more: diffseg.aggregate_maps(maps, **options, **more),
-        ):
-            out = torch.full((1, 16, 16), torch.nan)
-            assert run(out=out) is out
-            assert torch.equal(out, run())
-
-    def test_nan_reaches_the_result(self, layers: Callable[..., Any]) -> None:
-        scene = layers([(4, 4), (2, 2)], dtype=torch.float32)
-        scene.queries[1][0, 0, 2, 0] = torch.nan
-        found = diffseg.aggregate(scene.queries, scene.keys, grids=scene.grids, backend="triton")
-        rows = found.isnan().any(-1).view(4, 4)
-        assert rows[2:, :2].all()
-        assert rows.sum() == 4
-
     def test_same_bits_again(self, layers: Callable[..., Any]) -> None:
         scene = layers(INDIVISIBLE, dtype=torch.bfloat16)
         first, second = (
@@ -152,42 +67,17 @@ class TestAggregate:
         assert torch.equal(first, second)
 
 
-class TestAggregateMaps:
-    @pytest.mark.parametrize(
-        ("dtype", "grids", "longest"),
-        [
-            (torch.float32, DIVISIBLE, 4096),
-            (torch.float16, INDIVISIBLE, 4096),
-            (torch.bfloat16, [(4, 4), (2, 2)], 4096),
-            (torch.float32, [(4, 5), (3, 3), (4, 5)], 8),  # rows in blocks
-        ],
-    )
-    def test_rows_need_not_sum_to_one(
-        self, dtype: torch.dtype, grids: list[tuple[int, int]], longest: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(aggregate_kernels, "_LARGEST_ROW", longest)
-        generator = torch.Generator().manual_seed(0)
-        maps = [
-            (3 * torch.rand(1, 1 + index % 2, h * w, h * w, generator=generator)).to(dtype)
-            for index, (h, w) in enumerate(grids)
-        ]
-        found = diffseg.aggregate_maps(maps, grids=grids, backend="triton")
-        expected = diffseg.aggregate_maps(as_double(maps), grids=grids, dtype=torch.float64, backend="reference")
-        assert_same_attention(found, expected)
+class TestAggregateMaps(MapsContract):
+    backend = "triton"
+
+    def test_rows_in_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(aggregate_kernels, "_LARGEST_ROW", 8)
+        self.check_random(torch.float32, [(4, 5), (3, 3), (4, 5)])
 
     def test_heads_further_apart_than_32_bits_tell(self) -> None:
         memory = mmap.mmap(-1, 2**33 + 64)  # of which two pages are touched
         maps = torch.frombuffer(memory, dtype=torch.float16).as_strided((1, 2, 4, 4), (0, 2**32, 8, 1))
-        maps.copy_(torch.rand(maps.shape))
-        found = diffseg.aggregate_maps([maps], backend="triton")
-        assert_same_attention(found, diffseg.aggregate_maps([maps.double()], dtype=torch.float64, backend="reference"))
-
-    def test_maps_averaged_over_heads_and_strided(self) -> None:
-        maps = [torch.rand(2, 12, 24).transpose(1, 2)[:, ::2], torch.rand(2, 3, 3)]
-        grids = [(3, 4), (3, 1)]
-        found = diffseg.aggregate_maps(maps, grids=grids, backend="triton")
-        expected = diffseg.aggregate_maps(as_double(maps), grids=grids, dtype=torch.float64, backend="reference")
-        assert_same_attention(found, expected)
+        self.check([maps.copy_(torch.rand(maps.shape))], [(2, 2)])
 
 
 class TestMerge(MergeContract):
