@@ -110,14 +110,20 @@ class PixelMaps:
     unlabelled: int | None = None  # this value, where there is no mapping
 
     def size(self, path: Path) -> Grid:
-        return _image_size(path)
+        with Image.open(path) as image:
+            _check_holds_labels(path, image)
+            return image.height, image.width
 
     def read(self, path: Path) -> list[Labels]:
         with Image.open(path) as image:
+            _check_holds_labels(path, image)
             values = np.asarray(image)
-        if values.ndim != 2 or values.dtype.kind not in "ubi":
-            raise DatasetError(f"{path}: expected one channel of integer labels, got mode {image.mode}")
-        labels = values.astype(np.int32) if self.mapping is None else self._mapped(values)
+        if self.mapping is not None:
+            labels = self._mapped(values)
+        elif self.classes is not None:
+            labels = np.maximum(values.astype(np.int32), UNLABELLED)
+        else:
+            labels = _numbered(values)
         if self.unlabelled is not None:
             labels[values == self.unlabelled] = UNLABELLED
         outside = (labels == _OUTSIDE) if self.classes is None else (labels == _OUTSIDE) | (labels >= self.classes)
@@ -414,9 +420,19 @@ def _chosen(items: list[Item], listed: list[str] | None, image_list: str | Path 
     return [by_name[name] for name in listed]
 
 
-def _image_size(path: Path) -> Grid:
-    with Image.open(path) as image:
-        return image.height, image.width
+def _check_holds_labels(path: Path, image: Image.Image) -> None:
+    one_channel = image.mode in ("1", "L", "P") or image.mode.startswith("I")
+    if not one_channel or image.format == "JPEG":
+        raise DatasetError(
+            f"{path}: expected one channel of integer labels, compressed without loss, "
+            f"got mode {image.mode} in a {image.format} file"
+        )
+
+
+def _numbered(values: NDArray[Any]) -> Labels:
+    """Regions of any values as 0 and up, in order of those, since tables are as wide as the largest; negative: -1."""
+    regions = np.unique(values[values >= 0])
+    return np.where(values < 0, UNLABELLED, np.searchsorted(regions, values)).astype(np.int32)
 
 
 _EXIF_ORIENTATION = 0x0112

@@ -220,6 +220,18 @@ def test_masks_of_other_modes(folder, mode):
     assert np.array_equal(open_dataset("folder", folder).load(0).truths[0], values)
 
 
+def test_regions_of_any_number_make_small_tables(folder):
+    values = np.array([-3, 7, 2_000_000_000, 7], np.int32)[np.arange(48 * 64).reshape(48, 64) % 4]
+    (folder / "masks" / "a.png").unlink()
+    Image.fromarray(values).save(folder / "masks" / "a.tif")
+    for unlabelled, expected in ((None, [-1, 0, 1, 0]), (7, [-1, -1, 1, -1])):
+        (truth,) = open_dataset("folder", folder, unlabelled=unlabelled).load(0).truths
+        assert truth[0, :4].tolist() == expected
+    Image.fromarray(np.minimum(values, 8)).save(folder / "masks" / "a.tif")
+    (truth,) = open_dataset("folder", folder, classes=9).load(0).truths
+    assert truth[0, :4].tolist() == [-1, 7, 8, 7]
+
+
 def test_images_are_read_as_segment_reads_them(folder):
     values = RNG.integers(0, 65536, (48, 64), dtype=np.uint16)
     Image.fromarray(values).save(folder / "images" / "a.png")
@@ -369,8 +381,16 @@ def test_labels_outside_the_map(coco, cityscapes, folder):
 
 def test_truths_of_another_form(folder, bsds, tmp_path):
     write_image(folder / "masks" / "a.png")
-    with pytest.raises(DatasetError, match=r"masks/a.png: expected one channel of integer labels, got mode RGB"):
-        open_dataset("folder", folder).load(0)
+    (folder / "masks" / "b.png").unlink()
+    write_labels(folder / "masks" / "b.jpg", np.zeros((48, 64)))  # values that compression changes
+    dataset = open_dataset("folder", folder)
+    expected = "expected one channel of integer labels, compressed without loss, got mode"
+    with pytest.raises(DatasetError) as raised:
+        check(dataset)
+    assert f"masks/a.png: {expected} RGB in a PNG file" in str(raised.value)
+    assert f"masks/b.jpg: {expected} L in a JPEG file" in str(raised.value)
+    with pytest.raises(DatasetError, match=rf"masks/a.png: {expected} RGB"):
+        dataset.load(0)
     truth = bsds / "BSDS500" / "data" / "groundTruth" / "val" / "3096.mat"
     savemat(truth, {"other": np.zeros(3)})
     with pytest.raises(DatasetError, match=r"3096.mat: expected BSDS500's cell array 'groundTruth'"):
