@@ -111,8 +111,8 @@ def run(options: argparse.Namespace) -> int:
         "seed": options.seed,
     }
 
-    def predict(sample: Sample) -> dict[str, Labels]:
-        return predictions(pipe, sample, settings, methods, clusters=clusters, seed=options.seed)
+    def predict(sample: Sample, wanted: Sequence[str] = methods) -> dict[str, Labels]:
+        return predictions(pipe, sample, settings, wanted, clusters=clusters, seed=options.seed)
 
     running = new_scores(dataset)
 
@@ -127,9 +127,11 @@ def run(options: argparse.Namespace) -> int:
         if state.is_main_process:
             figures = {method: summarise(dataset, results.values(), method) for method in methods}
             titles = {method: TITLES[method].format(clusters=clusters) for method in methods}
-            _write_results(options.output, dataset, described, titles, figures)
+            chosen = {"limit": options.limit, "image_list": options.image_list and options.image_list.name}
+            _write_results(options.output, dataset, {**described, **chosen}, titles, figures)
             picture = options.output / "sheet.png"
-            _sheet(dataset, results, methods[0], predict).save(picture)
+            first = methods[0]
+            _sheet(dataset, results, first, lambda sample: predict(sample, [first])[first]).save(picture)
             print("\n".join(table({titles[method]: figures[method] for method in methods})))
             print(f"{len(dataset)} images; {options.output / 'results.json'}, {picture}")
     state.destroy_process_group()
@@ -264,9 +266,7 @@ def _write_results(
     runs.write_text(folder / "results.json", json.dumps(summary, indent=2) + "\n")
 
 
-def _sheet(
-    dataset: Dataset, results: dict[str, runs.Result], method: str, predict: Callable[[Sample], dict[str, Labels]]
-) -> Any:
+def _sheet(dataset: Dataset, results: dict[str, runs.Result], method: str, predict: Callable[[Sample], Labels]) -> Any:
     """Image, truth and prediction of the best, median and worst images by matched accuracy."""
     from . import visualize
 
@@ -280,7 +280,7 @@ def _sheet(
     for kind, chosen in _best_median_worst(accuracies).items():
         for accuracy, index in chosen:
             sample = dataset.load(index)
-            truth, predicted = sample.truths[0], predict(sample)[method]
+            truth, predicted = sample.truths[0], predict(sample)
             pictures = [sample.image, visualize.coloured(truth), visualize.coloured(aligned(predicted, truth))]
             rows.append((f"{kind}: {sample.name}, accuracy {accuracy:.3f}", pictures))
     return visualize.sheet(rows, f"{dataset.kind}: image, truth, {TITLES[method].partition(' (')[0]}")

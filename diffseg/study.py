@@ -106,16 +106,17 @@ def run(options: argparse.Namespace) -> int:
 
 def _parsed(sweeps: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     """The values of each parameter that is swept: those that its option names, else the default ones."""
-    parsed = {}
+    parsed: dict[str, tuple[Any, ...]] = {}
     for sweep in sweeps:
         name, _, values = sweep.partition("=")
         if name not in _SWEEPS:
             raise UsageError(f"--sweep: expected one of {', '.join(_SWEEPS)}, got {name!r}")
         convert, default = _SWEEPS[name]
         try:
-            parsed[name] = tuple(convert(value) for value in values.split(",")) if values else default
+            given = tuple(convert(value) for value in values.split(",")) if values else default
         except ValueError as error:
             raise UsageError(f"--sweep {name}: expected {convert.__name__} values, got {values!r}") from error
+        parsed[name] = parsed.get(name, ()) + given
     return parsed
 
 

@@ -59,7 +59,7 @@ def lines(output):
 
 def test_every_method(whole):
     found = results(whole)
-    assert found["images"] == 3
+    assert found["images"] == found["settings"]["limit"] == 3
     assert list(found["methods"]) == list(TITLES)
     assert found["methods"]["kmeans-c"]["title"] == f"K-Means-C (k = {found['settings']['clusters']})"
     for figures in found["methods"].values():
@@ -90,7 +90,10 @@ def test_table_has_every_figure():
 
 
 def test_classes_are_matched_per_image_and_pooled(scenes, tmp_path):
-    assert run(scenes, tmp_path, "--classes", "8", "--limit", "2") == 0
+    names = tmp_path / "names.txt"
+    names.write_text("scene1\nscene0\n")
+    assert run(scenes, tmp_path, "--classes", "8", "--image-list", str(names)) == 0
+    assert results(tmp_path)["settings"]["image_list"] == "names.txt"
     found = results(tmp_path)["methods"]["diffseg"]
     assert set(found) == {"title", "accuracy_per_image", "miou_per_image", "accuracy_pooled", "miou_pooled"}
     assert found["accuracy_pooled"] <= found["accuracy_per_image"]
@@ -285,10 +288,10 @@ def test_the_sheet_begins_with_the_best(scenes, monkeypatch):
     dataset = datasets.open_dataset("folder", scenes).first(3)
 
     def predict(sample):
-        return {"diffseg": sample.truths[0] * (sample.name == "scene1")}
+        return sample.truths[0] * (sample.name == "scene1")
 
     samples = [dataset.load(index) for index in range(3)]
-    found = {sample.name: evaluate.tables(predict(sample), sample.truths) for sample in samples}
+    found = {sample.name: evaluate.tables({"diffseg": predict(sample)}, sample.truths) for sample in samples}
     monkeypatch.setattr(visualize, "sheet", lambda rows, _: [caption for caption, _ in rows])
     captions = evaluate._sheet(dataset, found, "diffseg", predict)
     assert [caption.partition(":")[0] for caption in captions] == ["best", "median", "worst"]
@@ -313,7 +316,7 @@ def test_study(scenes, tmp_path, monkeypatch):
         return record(pipe, *arguments, **options)
 
     monkeypatch.setattr(diffseg.DiffSegPipeline, "record", counted)
-    sweeps = ["timestep=200,10", "anchors=4,8", "iterations=1", "threshold", "weights", "rule"]
+    sweeps = ["timestep=200,10", "anchors=4", "anchors=8", "iterations=1", "threshold", "weights", "rule"]
     assert sweep(scenes, tmp_path, *(word for name in sweeps for word in ("--sweep", name))) == 0
     assert sorted(passes) == [10, 10, 200, 200]  # one forward a time step and image serves every other parameter
     rows = list(csv.DictReader((tmp_path / "study.csv").open()))
