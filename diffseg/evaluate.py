@@ -213,7 +213,7 @@ def _methods(given: str) -> list[str]:
 
 def typical_segments(dataset: Dataset) -> int:
     """The mean number of segments in the truths: the paper's constant for K-Means-C."""
-    samples = (dataset.load(index) for index in range(len(dataset)))
+    samples = (runs.load(dataset, index) for index in range(len(dataset)))
     return round(np.mean([count_segments(each.truths) for each in runs.watched(samples, len(dataset), "counting")]))
 
 

@@ -206,7 +206,7 @@ def process_dataset(
         ) as progress,
     ):
         for index in mine:
-            result = work(_load(dataset, index))
+            result = work(load(dataset, index))
             add(dataset.items[index].name, result)
             progress.set_postfix_str(watch(result), refresh=False)
             progress.update()
@@ -215,7 +215,8 @@ def process_dataset(
     return {item.name: done[item.name] for item in dataset.items}
 
 
-def _load(dataset: Dataset, index: int) -> Sample:
+def load(dataset: Dataset, index: int) -> Sample:
+    """One sample; UsageError, naming the file, when it cannot be read."""
     try:
         return dataset.load(index)
     except DatasetError as error:

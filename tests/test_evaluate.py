@@ -236,6 +236,16 @@ def test_bad_files_are_listed_before_any_work(scenes, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_damaged_within_is_named_while_segments_are_counted(scenes, tmp_path, capsys):
+    root = tmp_path / "damaged"
+    shutil.copytree(scenes, root)
+    image = root / "images" / "scene1.png"
+    content = image.read_bytes()
+    image.write_bytes(content[:2000] + bytes(200) + content[2200:])
+    assert run(root, tmp_path / "out", "--methods", "kmeans-c") == 2
+    assert "scene1.png: damaged (" in capsys.readouterr().err
+
+
 def test_a_label_outside_the_map_stops_and_keeps_the_rest(scenes, tmp_path, capsys):
     root = tmp_path / "outside"
     shutil.copytree(scenes, root)
