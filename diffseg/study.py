@@ -203,7 +203,7 @@ def _plot(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
                 axes.axvline(row["value"], color="grey", linewidth=0.8, linestyle="--")
         axes.set_xlabel(_AXES[parameter])
         axes.grid(alpha=0.3)
-    all_axes[0].legend(fontsize="small")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize="small")
     figure.savefig(path, dpi=150)
 
 
