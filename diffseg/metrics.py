@@ -187,7 +187,8 @@ class RegionScores:
     """
 
     def __init__(self) -> None:
-        self._means: list[list[float]] = []
+        self._sums = np.zeros(len(_REGION_MEASURES) + 1)
+        self._images = np.zeros(len(_REGION_MEASURES) + 1, np.int64)
         self._covered = self._pixels = 0.0
         self._several = False
 
@@ -201,12 +202,14 @@ class RegionScores:
         self._covered += sum(share * float(table.sum()) for share, table in zip(coverings, labelled, strict=True))
         self._pixels += sum(float(table.sum()) for table in labelled)
         means = [_mean([measure(table) for table in labelled]) for measure in _REGION_MEASURES.values()]
-        self._means.append([*means, max(coverings)])
+        means.append(max(coverings))
+        self._sums += np.nan_to_num(means)
+        self._images += ~np.isnan(means)
 
     def figures(self) -> dict[str, float]:
         names = [*_REGION_MEASURES, "covering_best"]
-        columns = zip(*self._means, strict=True) if self._means else [()] * len(names)
-        figures = dict(zip(names, map(_mean, columns), strict=True))
+        means = np.divide(self._sums, self._images, out=np.full(len(names), np.nan), where=self._images > 0)
+        figures = dict(zip(names, means.tolist(), strict=True))
         figures["covering"] = self._covered / self._pixels if self._pixels else float("nan")
         return {name: figures[name] for name in _REGION_FIGURES if self._several or name != "covering_best"}
 
