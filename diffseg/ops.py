@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Sequence
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
@@ -54,11 +53,9 @@ class _Layers(NamedTuple):
 
     def of(self, images: slice | None) -> _Layers:
         """Those of some images of the batch; None: of all."""
-        return self._replace(
-            queries=of_images(self.queries, images),
-            keys=of_images(self.keys, images),
-            logsumexps=self.logsumexps and of_images(self.logsumexps, images),
-        )
+        logsumexps = self.logsumexps and of_images(self.logsumexps, images)
+        queries, keys = of_images(self.queries, images), of_images(self.keys, images)
+        return _Layers(queries, keys, self.grids, self.scales, logsumexps, self.ratios, self.grid)
 
 
 class Proposals(NamedTuple):
@@ -430,8 +427,8 @@ def resolve_weights(weights: Weights, grids: Sequence[Grid]) -> list[float]:
     if isinstance(weights, str):
         shares = [math.sqrt(n) for n in cells]
         if weights == "proportional":
-            layers = Counter(grids)
-            shares = [share / layers[grid] for share, grid in zip(shares, grids, strict=True)]
+            alike = [sum(other == grid for other in grids) for grid in grids]
+            shares = [share / count for share, count in zip(shares, alike, strict=True)]
         elif weights == "literal":
             shares = [share / n for share, n in zip(shares, cells, strict=True)]
     else:
@@ -521,7 +518,7 @@ def _check_scales(scales: Sequence[float] | None, queries: Sequence[Tensor]) -> 
     if scales is None:
         return [query.shape[3] ** -0.5 for query in queries]
     checked = check_numbers("scales", scales, len(queries))
-    if max(map(abs, checked)) > torch.finfo(torch.float32).max:
+    if max(abs(scale) for scale in checked) > torch.finfo(torch.float32).max:
         raise ValueError(f"scales: expected numbers within float32's range, got {scales}")
     return checked
 

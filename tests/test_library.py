@@ -7,6 +7,7 @@ from torch.export import Dim
 from torch.utils._pytree import tree_map
 
 import diffseg
+from diffseg.backends import version_of
 
 BACKENDS = ("cpu", "reference")
 GRIDS = [(8, 6), (4, 3)]
@@ -142,6 +143,7 @@ def test_operators_stay_opaque_to_the_compiler():
     ]  # fmt: skip
 
 
+@pytest.mark.skipif(version_of(torch.__version__) < (2, 7), reason="torch 2.6 does not say what was raised")
 def test_compiled_bad_input_is_refused_as_it_is_eagerly():
     queries, keys = layers()
     compiled = torch.compile(
