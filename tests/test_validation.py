@@ -538,7 +538,7 @@ class Table:
     [
         (np.zeros((3, 4, 5)), "ndarray of shape [3, 4, 5], float64"),
         ([np.zeros((2, 2))], "list [array([[0., 0.], [0., 0.]])]"),
-        (np.float32(2.5), "float32 np.float32(2.5)"),
+        (np.float32(2.5), f"float32 {np.float32(2.5)!r}"),
         ("a  b", "str 'a  b'"),
         (Table(), "Table a b 1 2"),
     ],
