@@ -170,8 +170,12 @@ def test_what_has_not_begun_is_left_when_a_run_is_interrupted(pipe, jobs, monkey
     monkeypatch.setattr(folder, "_MOST_FILES", 2)
     monkeypatch.setattr(images, "to_picture", reading)
     monkeypatch.setattr(folder, "_pass", passing)
-    with pytest.raises(KeyboardInterrupt):
-        folder.segment_files(pipe, jobs, {})
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            folder.segment_files(pipe, jobs, {})
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(passes) == at_a_time
     assert len(reads) <= 2 * at_a_time + 1
 
