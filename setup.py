@@ -2,6 +2,7 @@
 
 The extensions use pybind11 and no torch header, so one build serves every torch version. OpenMP is compiled in but its
 runtime is not linked: the symbols resolve to the copy that torch has loaded, so that a process has one thread pool.
+Torch's wheels for Linux bring GCC's; what Clang compiles there loads only beside a torch that brings LLVM's.
 
 ``MAX_JOBS`` is the number of files that are compiled at a time, 1 unless it is set.
 

@@ -25,7 +25,7 @@ from .reference import Grid, NonFiniteAttentionError
 
 @cache
 def cpu() -> CpuKernels:
-    """The ops of ``diffseg._cpu``; ImportError, with what to do, where it was not built.
+    """The ops of ``diffseg._cpu``; ImportError, with what to do, where it was not built or needs another OpenMP.
 
     The instruction set is the best that the machine has, or the one that ``DIFFSEG_CPU_ISA`` names (avx512, avx2,
     portable); ValueError where there is no such one.
@@ -33,7 +33,9 @@ def cpu() -> CpuKernels:
     try:
         _cpu = import_module("diffseg._cpu")
     except ImportError as error:
-        raise ImportError(f"diffseg._cpu is not built ({error}); reinstall with a C++17 compiler at hand") from error
+        raise ImportError(
+            f"diffseg._cpu cannot be loaded ({error}); reinstall with a C++17 compiler at hand, on Linux GCC"
+        ) from error
     if forced := os.environ.get("DIFFSEG_CPU_ISA"):
         _cpu.use_isa(forced)
     return CpuKernels(_cpu)
