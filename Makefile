@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 export PYTHONSAFEPATH := 1
 
 .PHONY: demo test bench sanitize lint aot ptxas model clean
+.NOTPARALLEL:  # the targets share one environment
 
 demo: $(VENV)/installed
 	$(BIN)/python -m diffseg.cli segment diffseg/assets/photo.jpg --output demo --force --time
