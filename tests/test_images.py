@@ -128,6 +128,15 @@ def test_damaged_files(tmp_path, content):
     assert str(error.value).count("damaged.png") == 1
 
 
+@pytest.mark.skipif(".avif" not in Image.registered_extensions(), reason="Pillow was built without AVIF")
+def test_an_error_of_a_decoder_is_an_image_that_cannot_be_read(tmp_path):
+    path = tmp_path / "damaged.avif"
+    Image.new("RGB", (16, 16)).save(path)
+    path.write_bytes(path.read_bytes().replace(b"pitm", b"free"))  # Pillow's decoder raises a RuntimeError
+    with pytest.raises(images.ImageError, match=r"damaged.avif: expected a readable image, got .*decode"):
+        images.to_tensor(path)
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         images.to_tensor(tmp_path / "nothing.png")
