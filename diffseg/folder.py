@@ -8,6 +8,7 @@ many threads: labels are those of one image at a time but for pixels at a tie.
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ _MOST_FILES = 8  # that are decoded, and that are written, at a time
 OVERLAY_COMPRESSION = 1  # of overlays as PNG: takes a third of the default's time and a quarter more space
 _NOTE = "diffseg"  # key of the settings in a PNG file of labels
 _FAILURES = (ValueError, OSError, torch.OutOfMemoryError)  # of one image; anything else ends the run
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, which no later image could be written to either
 
 
 class Job(NamedTuple):
@@ -102,8 +104,8 @@ def segment_files(
     """Segments files and writes each one's labels and overlay: whole files, and both unless the process is killed
     between their renames.
 
-    An image that fails does not stop the others, nor those of its own batch. Up to some ten batches and 16 more images
-    are in memory at one time.
+    An image that fails does not stop the others, nor those of its own batch; a full disk ends the run. Up to some ten
+    batches and 16 more images are in memory at one time.
 
     Args:
         pipe: a :class:`diffseg.DiffSegPipeline`.
@@ -170,7 +172,7 @@ class _Work:
         while len(self._writes) > left:
             number, segments, future = self._writes.popleft()
             error = future.exception()
-            if error is not None and not isinstance(error, _FAILURES):
+            if error is not None and (not isinstance(error, _FAILURES) or getattr(error, "errno", None) in _FULL):
                 raise error
             self.end(number, Outcome(segments, error))
 

@@ -1,5 +1,6 @@
 """Many files: as one by one, in order, whatever fails."""
 
+import errno
 import logging
 import signal
 import threading
@@ -140,9 +141,10 @@ def test_a_failure_takes_no_other_image_with_it(pipe, jobs, monkeypatch, error):
         assert (labels(jobs[number]) == alone[number]).mean() >= 0.999
 
 
-def test_other_errors_end_the_run(pipe, jobs, monkeypatch):
-    monkeypatch.setattr(folder, "_write", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.ENOSPC, "No space left on device")])
+def test_other_errors_end_the_run(pipe, jobs, monkeypatch, error):
+    monkeypatch.setattr(folder, "_write", create_autospec(folder._write, side_effect=error))
+    with pytest.raises(type(error)):
         folder.segment_files(pipe, jobs, {})
 
 
