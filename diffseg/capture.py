@@ -155,12 +155,11 @@ def record_attention(unet: Any, *, cross: bool = False) -> Iterator[AttentionRec
     recorder = _RECORDERS[cross].setdefault(model, _Recorder(cross))
     recording = recorder.prepare(layers, levels=len(model.config.block_out_channels))
     record = AttentionRecord(recorder)
-    _set_processors(layers, recording)
-    hooks = (
-        model.register_forward_pre_hook(recorder.begin, with_kwargs=True),
-        model.register_forward_hook(recorder.end),
-    )
-    try:
+    hooks: list[Any] = []
+    try:  # from here on, since an interrupt may come anywhere
+        _set_processors(layers, recording)
+        hooks.append(model.register_forward_pre_hook(recorder.begin, with_kwargs=True))
+        hooks.append(model.register_forward_hook(recorder.end))
         yield record
     finally:
         for hook in hooks:

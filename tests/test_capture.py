@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
+from unittest.mock import Mock
 
 import accelerate
 import pytest
@@ -248,6 +249,16 @@ def test_after_an_exception_processors_come_back_and_the_record_stays() -> None:
     recorded(unet, unet_inputs(unet, 1, 16, 8))
     assert [id(each) for each in record.queries] == [id(each) for each in queries]
     assert len(queries) == 16
+
+
+def test_an_interrupt_before_the_pass_leaves_the_unet_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = shared_unet("sd2")
+    own = unet.attn_processors
+    monkeypatch.setattr(unet, "register_forward_hook", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        recorded(unet, unet_inputs(unet, 1, 8, 8))
+    assert_same_processors(unet, own)
+    assert not unet._forward_pre_hooks
 
 
 @pytest.mark.parametrize("fails", [False, True])
