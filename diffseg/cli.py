@@ -164,14 +164,16 @@ def _segment(options: argparse.Namespace) -> int:
             f"--semantic: expected a model with a text encoder, such as --model {loading.STABLE_DIFFUSION}"
         )
     _load_captioner(pipe, asked)
-    with tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1) as progress:
+    watched = sys.stderr.isatty()  # in a log a bar is a line each time that it is drawn
+    with tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1, mininterval=0.1 if watched else 30) as progress:
+        say = progress.write if watched else print
 
         def done(job: Any, outcome: Any) -> None:
             progress.update()
             if outcome.error is not None:
                 progress.write(_failure(job, outcome.error), file=sys.stderr)
             else:
-                progress.write(f"{job.overlay}  {outcome.segments} segment{'s' if outcome.segments != 1 else ''}")
+                say(f"{job.overlay}  {outcome.segments} segment{'s' if outcome.segments != 1 else ''}")
 
         outcomes, seconds = segment_files(pipe, jobs, asked, batch_size=options.batch_size, done=done)
     failed = sum(outcome.error is not None for outcome in outcomes)

@@ -92,7 +92,16 @@ def test_an_input_is_never_overwritten(folder, capsys, no_work, given, output, f
 def test_several_images(folder, capsys, given):
     assert cli.main(["segment", *given]) == 0
     assert outputs(folder) == [f"scene{i}_{kind}.png" for i in range(3) for kind in ("labels", "overlay")]
-    assert "3/3" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert shown.count("/3 [") == 2  # of a log: at the start and at the end
+    assert "3/3" in shown
+
+
+def test_a_terminal_shows_each_image(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli.main(["segment", "in"]) == 0
+    shown = capsys.readouterr().err
+    assert all(f"{count}/3 [" in shown for count in range(4))
 
 
 @pytest.mark.parametrize("given", ["in", "in/*"])
