@@ -427,8 +427,10 @@ def resolve_weights(weights: Weights, grids: Sequence[Grid]) -> list[float]:
     if isinstance(weights, str):
         shares = [math.sqrt(n) for n in cells]
         if weights == "proportional":
-            alike = [sum(other == grid for other in grids) for grid in grids]
-            shares = [share / count for share, count in zip(shares, alike, strict=True)]
+            alike: dict[Grid, int] = {}  # not a Counter, which torch 2.6 cannot trace
+            for each in grids:
+                alike[each] = alike.get(each, 0) + 1
+            shares = [share / alike[each] for share, each in zip(shares, grids, strict=True)]
         elif weights == "literal":
             shares = [share / n for share, n in zip(shares, cells, strict=True)]
     else:
