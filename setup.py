@@ -28,11 +28,13 @@ from setuptools import setup
 from setuptools.command.sdist import sdist
 
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32"
+AVX512 = [
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+    "-Wno-maybe-uninitialized",  # GCC 12 warns of its own header
+]
 INSTRUCTION_SETS = {
-    "avx512.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
-        "-Wno-maybe-uninitialized",  # GCC 12 warns of its own header
-    ],
+    "avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "avx512.cpp": AVX512,
     "avx2.cpp": ["-mavx2", "-mfma"],
 }
 

@@ -27,8 +27,8 @@ from .reference import Grid, NonFiniteAttentionError
 def cpu() -> CpuKernels:
     """The ops of ``diffseg._cpu``; ImportError, with what to do, where it was not built or needs another OpenMP.
 
-    The instruction set is the best that the machine has, or the one that ``DIFFSEG_CPU_ISA`` names (avx512, avx2,
-    portable); ValueError where there is no such one.
+    The instruction set is the best that the machine has, or the one that ``DIFFSEG_CPU_ISA`` names
+    (avx512bf16, avx512, avx2, portable); ValueError where there is no such one.
     """
     try:
         _cpu = import_module("diffseg._cpu")

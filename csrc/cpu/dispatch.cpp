@@ -9,12 +9,12 @@ namespace diffseg {
 const Kernels* kernels(const char* isa) {
 #ifdef DIFFSEG_X86
     __builtin_cpu_init();
-    if (std::strcmp(isa, "avx512") == 0)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                       __builtin_cpu_supports("fma")
-                   ? &avx512::table
-                   : nullptr;
+    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("fma");
+    if (std::strcmp(isa, "avx512bf16") == 0)
+        return has_avx512 && __builtin_cpu_supports("avx512bf16") ? &avx512bf16::table : nullptr;
+    if (std::strcmp(isa, "avx512") == 0) return has_avx512 ? &avx512::table : nullptr;
     if (std::strcmp(isa, "avx2") == 0)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &avx2::table : nullptr;
 #endif

@@ -78,9 +78,13 @@ struct Kernels {
     double (*exponentials)(int64_t rounds);
 };
 
-// The table for an instruction set: "avx512", "avx2" or "portable"; null where it is unknown or this machine lacks it.
+// The table for an instruction set, "avx512bf16", "avx512", "avx2" or "portable"; null where it is unknown or this
+// machine lacks it.
 const Kernels* kernels(const char* isa);
 
+namespace avx512bf16 {
+extern const Kernels table;
+}
 namespace avx512 {
 extern const Kernels table;
 }

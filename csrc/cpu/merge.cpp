@@ -9,9 +9,12 @@
 //   p_v.l_f = sum over blocks of P_v L_f + r_v.s_f,   |r_v.s_f| <= sum over blocks of |r_v| |s_f|   (Cauchy-Schwarz),
 // which is D, exact but for a band: |D - 1/2 (H_v + H_f - P_v.L_f - L_v.P_f)| <= 1/2 (|r_v|.|s_f| + |s_v|.|r_f|), two
 // pairs of products over N / 16 blocks. A pair whose band (and the margin of rounding) does not hold tau is decided.
+// The band 1/2 (|r_v| |s_f| + |s_v| |r_f|) of the norms over all blocks is wider, but saves most pairs one of the two.
 // A sample of rows says whether the bounds pay; on noise they do not, and are left out.
 // Pairs left open are summed over chunks of the columns. Each chunk's part of D is >= 0, so that a pair whose sum has
-// reached tau is dropped.
+// reached tau is dropped. Where the processor multiplies bfloat16, at twice the rate, p and l are rounded to it first,
+// p = p' + dp and l = l' + dl. That changes D by up to 1/2 (|dp_v| |l_f| + |p'_v| |dl_f| + |dl_v| |p_f| + |l'_v| |dp_f|),
+// another band; pairs whose band holds tau are left to sums in float.
 //
 // Work split, round 1: one task is a block of rows f against all anchors. A tile of kLefts x kRights pairs sums both
 // products in vectors along the columns, so that rows and anchors are gathered by pointer and never repacked.
@@ -19,7 +22,7 @@
 // are a product of 0/1 weights and rows; rows that belong to the same of these proposals are summed once, before it.
 // Each proposal's sum runs over the rows in an order that depends on the matches alone, not on threads.
 // Bytes: A_f is read twice (4 N^2 each); anchors' p and l, 8 P N, once a block of rows, from the last-level cache.
-// Workspace: 8 P N for p and l, 4 P N for a second list, and per 4 x 4 block, match and strip a few MB.
+// Workspace: 8 P N for p and l (12 with bfloat16), 4 P N for a second list, and per 4 x 4 block, match and strip a few MB.
 
 #include <math.h>
 #include <string.h>
@@ -29,15 +32,30 @@
 namespace diffseg::DIFFSEG_ISA {
 namespace {
 
+#if defined(__AVX512BF16__)
+constexpr bool kHalves = true;
+#else
+constexpr bool kHalves = false;
+#endif
+
 constexpr float kMargin = 1e-4f;         // of rounding, on D
 constexpr float kSquareMargin = 2e-6f;   // of rounding, on a block's sum of squares, relative
-constexpr int64_t kChunk = 256;          // columns
+constexpr int64_t kChunk = kHalves ? 512 : 256;   // columns
+constexpr int64_t kChunksToDrop = 1024 / kChunk;  // after which pairs are dropped
 constexpr int64_t kSide = 4;             // cells, of a block
 constexpr int64_t kRowsOfTask = 48;
 constexpr int64_t kSampledRows = 24;
+constexpr int32_t kLeastScreened = 32;   // open maps of a group from which sums of halves pay
+constexpr float kHalfMargin = 0.01f;     // of such bands, relative: |p'| <= |p| (1 + 2^-8), and of rounding
 constexpr float kWorthwhile = 0.25f;     // share of decided pairs from which the bounds pay
 
 enum State : uint8_t { kFar, kNear, kOpen };
+
+// Norms of a map's p and l, and of what rounding them to bfloat16 takes from them; or the squares of these norms.
+struct Norms {
+    float p, l, lost_p, lost_l;
+    Norms roots() const { return {sqrtf(p), sqrtf(l), sqrtf(lost_p), sqrtf(lost_l)}; }
+};
 
 // Maps [*, N] of one image in any dtype.
 struct Rows {
@@ -67,13 +85,43 @@ float terms(const float* from, int64_t length, int64_t cells, float* p, float* l
     return sum(entropy);
 }
 
+#if defined(__AVX512BF16__)
+// to[j] = from[j], rounded; zeros up to a multiple of 2 * kLanes. Adds the squares of `from` and of what was lost.
+void halve(const float* from, int64_t length, Bfloat16* to, float& squares, float& lost_squares) {
+    Vec whole = {}, lost = {};
+    for (int64_t j = 0; j < length; j += 2 * kLanes) {
+        const Vec values[2] = {load(from + j), j + kLanes < length ? load(from + j + kLanes) : Vec{}};
+        const __m512bh halves = _mm512_cvtne2ps_pbh(values[1], values[0]);
+        memcpy(to + j, &halves, sizeof halves);
+        for (int part = 0; part < 2; ++part) {
+            const Vec rest = values[part] - lanes(to + j + part * kLanes);
+            whole += values[part] * values[part];
+            lost += rest * rest;
+        }
+    }
+    squares += sum(whole);
+    lost_squares += sum(lost);
+}
+
+void halve(const float* p, const float* l, int64_t length, Bfloat16* to, Norms& squares) {
+    halve(p, length, to, squares.p, squares.lost_p);
+    halve(l, length, to + kChunk, squares.l, squares.lost_l);
+}
+
+inline Vec add_products(Vec sums, Vec left, Vec right, Bfloat16) {
+    return _mm512_dpbf16_ps(sums, (__m512bh)left, (__m512bh)right);
+}
+#endif
+
+inline Vec add_products(Vec sums, Vec left, Vec right, float) { return sums + left * right; }
+
 bool all_finite(const float* from, int64_t length) {
     return total(
                length, [=](int64_t j) { return load(from + j) - load(from + j); },
                [=](int64_t j) { return from[j] - from[j]; }) == 0;
 }
 
-// What the bounds need of a map: P, L, |r| and |s| of each block, [4, blocks].
+// What the bounds need of a map: P, L, |r| and |s| of each block, [4, blocks], and |r| and |s| of all.
 class Summaries {
 public:
     explicit Summaries(Grid grid)
@@ -81,7 +129,7 @@ public:
           grid_(grid),
           columns_((grid.width + kSide - 1) / kSide) {}
 
-    int64_t size() const { return 4 * blocks; }
+    int64_t size() const { return 4 * blocks + kLanes; }
     int64_t scratch() const { return 2 * round_up(grid_.cells(), kLanes) + 4 * grid_.width; }
 
     // Returns the entropy H of the map.
@@ -89,6 +137,7 @@ public:
         const int64_t cells = grid_.cells(), width = grid_.width;
         float *p = scratch, *l = p + round_up(cells, kLanes), *sums = l + round_up(cells, kLanes);
         const float entropy = terms(map, cells, cells, p, l);
+        float* const norms = out + 4 * blocks;
         memset(out, 0, size() * sizeof(float));
         for (int64_t top = 0; top < grid_.height; top += kSide) {
             const int64_t bottom = least(top + kSide, grid_.height);
@@ -97,6 +146,8 @@ public:
             finish_line(sums, bottom - top, out);
             out += columns_;
         }
+        norms[0] = norm(norms - 2 * blocks);
+        norms[1] = norm(norms - blocks);
         return entropy;
     }
 
@@ -148,6 +199,12 @@ private:
         }
     }
 
+    float norm(const float* from) const {
+        Vec squares = {};
+        for (int64_t block = 0; block < blocks; block += kLanes) squares += load(from + block) * load(from + block);
+        return __builtin_sqrtf(sum(squares));
+    }
+
     static float deviation(float squares, float sum, float size) {
         return __builtin_sqrtf(most(0.0f, squares - sum * sum / size) + kSquareMargin * squares);
     }
@@ -163,9 +220,11 @@ struct Set {
           chunks((cells + kChunk - 1) / kChunk),
           summaries(grid),
           fine_(capacity * chunks * 2 * kChunk),
+          halves_(kHalves ? capacity * chunks * 2 * kChunk : 0),
           parts_(capacity * chunks),
           coarse_(capacity * summaries.size()),
-          entropies(capacity) {}
+          entropies(capacity),
+          norms(kHalves ? capacity : 0) {}
 
     void fill(const Rows& rows, const int64_t* indices, int64_t count, int threads) {
         length = count;
@@ -177,15 +236,29 @@ struct Set {
             float* work = line + round_up(cells, kLanes);
             const float* map = rows.row(indices == nullptr ? v : indices[v], line);
             entropies[v] = summaries.summarise(map, work, coarse_ + v * summaries.size());
+            Norms squares = {};
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-                float* p = fine_ + (chunk * length + v) * 2 * kChunk;
-                parts_[chunk * length + v] = terms(map + chunk * kChunk, columns(chunk), cells, p, p + kChunk);
+                const int64_t at = chunk * length + v;
+                float *p = fine_ + at * 2 * kChunk, *l = p + kChunk;
+                parts_[at] = terms(map + chunk * kChunk, columns(chunk), cells, p, l);
+#if defined(__AVX512BF16__)
+                halve(p, l, columns(chunk), halves_ + at * 2 * kChunk, squares);
+#endif
             }
+            if (kHalves) norms[v] = squares.roots();
         }
     }
 
     int64_t columns(int64_t chunk) const { return least(kChunk, cells - chunk * kChunk); }
-    const float* fine(int64_t chunk, int64_t v) const { return fine_ + (chunk * length + v) * 2 * kChunk; }
+    // p and l of a chunk, kChunk apart.
+    template <class T>
+    const T* fine(int64_t chunk, int64_t v) const {
+        const int64_t offset = (chunk * length + v) * 2 * kChunk;
+        if constexpr (sizeof(T) == sizeof(float))
+            return fine_ + offset;
+        else
+            return halves_ + offset;
+    }
     float part(int64_t chunk, int64_t v) const { return parts_[chunk * length + v]; }
     const float* coarse(int64_t v) const { return coarse_ + v * summaries.size(); }
 
@@ -194,18 +267,22 @@ struct Set {
     int64_t length = 0;
 
 private:
-    Buffer<float> fine_, parts_, coarse_;
+    Buffer<float> fine_;
+    Buffer<Bfloat16> halves_;
+    Buffer<float> parts_, coarse_;
 
 public:
     Buffer<float> entropies;
+    Buffer<Norms> norms;
 };
 
 // out[i][j] = left_i.x . right_j.y + left_i.y . right_j.x, where y lies `gap` behind x. Fetches what the next call reads
 // on its right, `ahead`, into the first-level cache.
-void cross(const float* const* lefts, const float* const* rights, const float* const* ahead, int64_t gap,
-           int64_t length, float (&out)[kLefts][kRights]) {
+template <class T>
+void cross(const T* const* lefts, const T* const* rights, const T* const* ahead, int64_t gap, int64_t length,
+           float (&out)[kLefts][kRights]) {
     Vec tile[kLefts][kRights] = {};
-    for (int64_t k = 0; k < length; k += kLanes) {
+    for (int64_t k = 0; k < length; k += static_cast<int64_t>(sizeof(Vec) / sizeof(T))) {
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 4
@@ -217,7 +294,7 @@ void cross(const float* const* lefts, const float* const* rights, const float* c
             for (int i = 0; i < kLefts; ++i) {
                 const Vec left = load(lefts[i] + k + (half == 0 ? gap : 0));
 #pragma GCC unroll 4
-                for (int j = 0; j < kRights; ++j) tile[i][j] += left * right[j];
+                for (int j = 0; j < kRights; ++j) tile[i][j] = add_products(tile[i][j], left, right[j], T{});
             }
         }
     }
@@ -232,9 +309,9 @@ class Comparison {
 public:
     static int64_t floats_needed(const Set& set) {
         return kRowsOfTask * (set.summaries.size() + set.length + 1) + set.summaries.scratch() +
-               round_up(set.cells, kLanes) + kLefts * 2 * kChunk + 64;
+               round_up(set.cells, kLanes) + kLefts * 3 * kChunk + 64;
     }
-    static int64_t ints_needed(const Set& set) { return kRowsOfTask / kLefts * (set.length + 1); }
+    static int64_t ints_needed(const Set& set) { return kRowsOfTask / kLefts * (set.length + 2); }
 
     Comparison(const Rows& rows, const Set& set, int64_t first, int64_t stride, int64_t count, float threshold,
                float* memory, int32_t* lists, uint8_t* states)
@@ -246,8 +323,10 @@ public:
         line_ = entropies_ + kRowsOfTask;
         scratch_ = line_ + round_up(set.cells, kLanes);
         fine_ = scratch_ + set.summaries.scratch();
+        halves_ = reinterpret_cast<Bfloat16*>(fine_ + kLefts * 2 * kChunk);
         lists_ = lists;
         lengths_ = lists + kRowsOfTask / kLefts * set.length;
+        open_rows_ = lengths_ + kRowsOfTask / kLefts;
     }
 
     // Reads the rows; false where one has NaN or infinity.
@@ -268,10 +347,12 @@ public:
 
     void open() { memset(states_, kOpen, count_ * set_.length); }
 
-    // Calls visit(row, v, estimate, band) for all pairs; needs summarise().
-    template <class Visit>
-    void bound(Visit visit) const {
+    // Calls visit(row, v, estimate, band) for all pairs; needs summarise(). Where enough(estimate, band) holds for all
+    // pairs of a tile with bands of the whole maps' norms, which are wider, those of the blocks are not computed.
+    template <class Enough, class Visit>
+    void bound(Enough enough, Visit visit) const {
         const int64_t blocks = set_.summaries.blocks;
+        bool all = false;  // of the last tile: the next one's blocks are fetched accordingly
         constexpr int64_t kResident = 16 * kRights;  // maps of the set that stay in the second-level cache
         for (int64_t start = 0; start < set_.length; start += kResident)
             for (int64_t row = 0; row < count_; row += kLefts)
@@ -287,96 +368,157 @@ public:
                         ahead[j] = set_.coarse(least(v + kRights + j, set_.length - 1));
                     }
                     float means[kLefts][kRights], rests[kLefts][kRights];
-                    cross(lefts[0], rights[0], rights[1], blocks, blocks, means);
-                    cross(lefts[1], rights[1], ahead, blocks, blocks, rests);
+                    cross(lefts[0], rights[0], all ? ahead : rights[1], blocks, blocks, means);
+                    all = true;
+                    for (int i = 0; i < kLefts; ++i)
+                        for (int j = 0; j < kRights; ++j) {
+                            const float *left = lefts[1][i] + 2 * blocks, *right = rights[1][j] + 2 * blocks;
+                            const int64_t at = least(row + i, count_ - 1), other = least(v + j, set_.length - 1);
+                            means[i][j] = (entropies_[at] + set_.entropies[other] - means[i][j]) / 2;
+                            rests[i][j] = (left[0] * right[1] + left[1] * right[0]) * (1.0f + kSquareMargin);
+                            all &= enough(means[i][j], rests[i][j] / 2);
+                        }
+                    if (!all) cross(lefts[1], rights[1], ahead, blocks, blocks, rests);
                     for (int i = 0; i < kLefts && row + i < count_; ++i)
                         for (int j = 0; j < kRights && v + j < set_.length; ++j)
-                            visit(row + i, v + j, (entropies_[row + i] + set_.entropies[v + j] - means[i][j]) / 2,
-                                  rests[i][j] / 2);
+                            visit(row + i, v + j, means[i][j], rests[i][j] / 2);
                 }
     }
 
     // States of all pairs by the bounds; returns how many are decided.
     int64_t decide() {
         int64_t decided = 0;
-        bound([&](int64_t row, int64_t v, float estimate, float band) {
-            State state = kOpen;
-            if (estimate - band >= threshold_ + kMargin) state = kFar;
-            if (estimate + band < threshold_ - kMargin) state = kNear;
+        const auto enough = [&](float estimate, float band) { return bounded(estimate, band) != kOpen; };
+        bound(enough, [&](int64_t row, int64_t v, float estimate, float band) {
+            const State state = bounded(estimate, band);
             states_[row * set_.length + v] = state;
             decided += state != kOpen;
         });
         return decided;
     }
 
-    // Settles the open pairs: `sums` holds D of those that were not dropped.
-    void settle() {
+    // Settles open pairs by sums over T, of groups open towards `least_open` maps or more; halves leave pairs open.
+    // `value` is D, within `band`, of those that were not dropped.
+    template <class T>
+    void settle(int32_t least_open = 0) {
         memset(sums_, 0, count_ * set_.length * sizeof(float));
-        for (int64_t group = 0; group * kLefts < count_; ++group) list_open(group);
+        for (Norms& squares : squares_) squares = {};
+        for (int64_t group = 0; group * kLefts < count_; ++group) {
+            list_open(group, set_.length, [](int64_t v) { return static_cast<int32_t>(v); });
+            if (lengths_[group] < least_open) lengths_[group] = 0;
+        }
         for (int64_t chunk = 0; chunk < set_.chunks; ++chunk)
             for (int64_t group = 0; group * kLefts < count_; ++group) {
                 if (lengths_[group] == 0) continue;
-                add_chunk(group, chunk);
-                if (chunk % 4 == 3) drop_far(group);
+                add_chunk<T>(group, chunk);
+                if ((chunk + 1) % kChunksToDrop == 0) drop_far<T>(group);
             }
-        for (int64_t pair = 0; pair < count_ * set_.length; ++pair)
-            if (states_[pair] == kOpen) states_[pair] = sums_[pair] < threshold_ ? kNear : kFar;
+        for (int64_t group = 0; group * kLefts < count_; ++group) finish<T>(group);
     }
 
     float value(int64_t row, int64_t v) const { return sums_[row * set_.length + v]; }
+
+    // How far sums over T of the columns so far may lie from D's.
+    template <class T>
+    float band(int64_t row, int64_t v) const {
+        if constexpr (sizeof(T) == sizeof(float)) return 0;
+        const Norms &left = norms_[row], &right = set_.norms[v];
+        return (left.lost_p * right.l + left.p * right.lost_l + left.lost_l * right.p + left.l * right.lost_p) *
+               (1.0f + kHalfMargin) / 2;
+    }
 
 private:
     int64_t index(int64_t row) const { return first_ + row * stride_; }
     int64_t rows_of(int64_t group) const { return least<int64_t>(kLefts, count_ - group * kLefts); }
 
-    bool is_open(int64_t group, int64_t v) const {
-        for (int64_t i = 0; i < rows_of(group); ++i)
-            if (states_[(group * kLefts + i) * set_.length + v] == kOpen) return true;
-        return false;
+    State bounded(float estimate, float band) const {
+        if (estimate - band >= threshold_ + kMargin) return kFar;
+        return estimate + band < threshold_ - kMargin ? kNear : kOpen;
     }
 
-    void list_open(int64_t group) {
-        int32_t length = 0;
-        for (int64_t v = 0; v < set_.length; ++v)
-            if (is_open(group, v)) lists_[group * set_.length + length++] = static_cast<int32_t>(v);
+    // Lists those of `count` maps towards which the group is open, and which of its rows are, a bit each.
+    template <class Map>
+    void list_open(int64_t group, int64_t count, Map map) {
+        int32_t *list = lists_ + group * set_.length, length = 0, rows = 0;
+        for (int64_t entry = 0; entry < count; ++entry) {
+            const int32_t v = map(entry);
+            int32_t open = 0;
+            for (int64_t i = 0; i < rows_of(group); ++i)
+                open |= (states_[(group * kLefts + i) * set_.length + v] == kOpen) << i;
+            if (open != 0) list[length++] = v;
+            rows |= open;
+        }
         lengths_[group] = length;
+        open_rows_[group] = rows;
     }
 
+    template <class T>
     void drop_far(int64_t group) {
-        int32_t *list = lists_ + group * set_.length, length = 0;
-        for (int32_t entry = 0; entry < lengths_[group]; ++entry) {
-            const int32_t v = list[entry];
-            for (int64_t i = 0; i < rows_of(group); ++i) {
-                const int64_t pair = (group * kLefts + i) * set_.length + v;
-                if (states_[pair] == kOpen && sums_[pair] >= threshold_ + kMargin) states_[pair] = kFar;
+        const int32_t* list = lists_ + group * set_.length;
+        for (int64_t row = group * kLefts; row < group * kLefts + rows_of(group); ++row)
+            for (int32_t entry = 0; entry < lengths_[group]; ++entry) {
+                const int64_t v = list[entry];
+                uint8_t& state = states_[row * set_.length + v];
+                if (state != kOpen || value(row, v) < threshold_ + kMargin) continue;
+                if (value(row, v) - band<T>(row, v) >= threshold_ + kMargin) state = kFar;
             }
-            if (is_open(group, v)) list[length++] = v;
-        }
-        lengths_[group] = length;
+        list_open(group, lengths_[group], [=](int64_t entry) { return list[entry]; });
     }
 
-    void add_chunk(int64_t group, int64_t chunk) {
+    template <class T>
+    void finish(int64_t group) {
+        for (int64_t row = group * kLefts; row < group * kLefts + rows_of(group); ++row)
+            for (int32_t entry = 0; entry < lengths_[group]; ++entry) {
+                const int64_t v = lists_[group * set_.length + entry];
+                uint8_t& state = states_[row * set_.length + v];
+                if (state != kOpen) continue;
+                if constexpr (sizeof(T) == sizeof(float))
+                    state = value(row, v) < threshold_ ? kNear : kFar;
+                else
+                    state = bounded(value(row, v), band<T>(row, v));
+            }
+    }
+
+    // p and l of a chunk of a row as T, in the place of its number `i` in the group; returns p.l.
+    float prepare(int64_t row, int64_t i, int64_t chunk, const float** out) {
         const int64_t columns = set_.columns(chunk);
+        float* to = fine_ + i * 2 * kChunk;
+        *out = to;
+        return terms(rows_.part(index(row), chunk * kChunk, columns, line_), columns, set_.cells, to, to + kChunk);
+    }
+
+#if defined(__AVX512BF16__)
+    float prepare(int64_t row, int64_t i, int64_t chunk, const Bfloat16** out) {
+        const float* fine;
+        const float part = prepare(row, 0, chunk, &fine);
+        Bfloat16* to = halves_ + i * 2 * kChunk;
+        *out = to;
+        halve(fine, fine + kChunk, set_.columns(chunk), to, squares_[row]);
+        norms_[row] = squares_[row].roots();
+        return part;
+    }
+#endif
+
+    template <class T>
+    void add_chunk(int64_t group, int64_t chunk) {
         const int32_t* list = lists_ + group * set_.length;
-        const float* lefts[kLefts];
+        const T* lefts[kLefts];
         float parts[kLefts];
-        for (int64_t i = 0; i < kLefts; ++i) {
-            float* to = fine_ + i * 2 * kChunk;
-            lefts[i] = i < rows_of(group) ? to : fine_;
-            if (i >= rows_of(group)) continue;
-            const float* from = rows_.part(index(group * kLefts + i), chunk * kChunk, columns, line_);
-            parts[i] = terms(from, columns, set_.cells, to, to + kChunk);
-        }
+        for (int64_t i = 0; i < kLefts; ++i)
+            if (open_rows_[group] >> i & 1) parts[i] = prepare(group * kLefts + i, i, chunk, &lefts[i]);
+        const int64_t some = __builtin_ctz(open_rows_[group]);
+        for (int64_t i = 0; i < kLefts; ++i)
+            if (!(open_rows_[group] >> i & 1)) lefts[i] = lefts[some], parts[i] = parts[some];
         const int32_t length = lengths_[group];
         for (int32_t entry = 0; entry < length; entry += kRights) {
-            const float *rights[kRights], *ahead[kRights];
+            const T *rights[kRights], *ahead[kRights];
             const int64_t width = least<int64_t>(kRights, length - entry);
             for (int j = 0; j < kRights; ++j) {
-                rights[j] = set_.fine(chunk, list[least(entry + j, length - 1)]);
-                ahead[j] = set_.fine(chunk, list[least(entry + kRights + j, length - 1)]);
+                rights[j] = set_.fine<T>(chunk, list[least(entry + j, length - 1)]);
+                ahead[j] = set_.fine<T>(chunk, list[least(entry + kRights + j, length - 1)]);
             }
             float products[kLefts][kRights];
-            cross(lefts, rights, ahead, kChunk, round_up(columns, kLanes), products);
+            cross(lefts, rights, ahead, kChunk, round_up(set_.columns(chunk), kLanes), products);
             for (int64_t i = 0; i < rows_of(group); ++i)
                 for (int64_t j = 0; j < width; ++j) {
                     const int64_t v = list[entry + j];
@@ -391,8 +533,10 @@ private:
     const int64_t first_, stride_, count_;
     const float threshold_;
     float *coarse_, *sums_, *entropies_, *line_, *scratch_, *fine_;
-    int32_t *lists_, *lengths_;
+    Bfloat16* halves_;
+    int32_t *lists_, *lengths_, *open_rows_;
     uint8_t* states_;
+    Norms squares_[kRowsOfTask], norms_[kRowsOfTask];
 };
 
 // near[f, v] = kNear where D(v, f) < threshold, else kFar: [count, set.length]. False where a row is not finite.
@@ -415,7 +559,10 @@ bool compare(const Rows& rows, int64_t count, const Set& set, float threshold, u
             continue;
         }
         bounded ? static_cast<void>(comparison.decide()) : comparison.open();
-        comparison.settle();
+#if defined(__AVX512BF16__)
+        comparison.settle<Bfloat16>(kLeastScreened);
+#endif
+        comparison.settle<float>();
     }
     return finite;
 }
@@ -644,12 +791,24 @@ void divergences(const float* maps, int64_t length, Grid grid, float* out) {
         Comparison comparison(rows, set, first, 1, count, INFINITY, memory, lists, states);
         comparison.summarise();
         float* to = out + first * length * 3;
-        comparison.bound([=](int64_t row, int64_t v, float estimate, float band) {
+        const auto never = [](float, float) { return false; };
+        comparison.bound(never, [=](int64_t row, int64_t v, float estimate, float band) {
             to[(row * length + v) * 3] = estimate - band;
             to[(row * length + v) * 3 + 1] = estimate + band;
         });
+#if defined(__AVX512BF16__)
         comparison.open();
-        comparison.settle();
+        comparison.settle<Bfloat16>();
+        for (int64_t row = 0; row < count; ++row)
+            for (int64_t v = 0; v < length; ++v) {
+                const float value = comparison.value(row, v), band = comparison.band<Bfloat16>(row, v);
+                float* bounds = to + (row * length + v) * 3;
+                bounds[0] = most(bounds[0], value - band);
+                bounds[1] = least(bounds[1], value + band);
+            }
+#endif
+        comparison.open();
+        comparison.settle<float>();
         for (int64_t row = 0; row < count; ++row)
             for (int64_t v = 0; v < length; ++v) to[(row * length + v) * 3 + 2] = comparison.value(row, v);
     }

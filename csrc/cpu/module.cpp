@@ -30,7 +30,7 @@ using diffseg::Type;
 using diffseg::View;
 using Pair = std::array<int64_t, 2>;
 
-constexpr const char* kInstructionSets[] = {"avx512", "avx2", "portable"};  // in order of preference
+constexpr const char* kInstructionSets[] = {"avx512bf16", "avx512", "avx2", "portable"};  // in order of preference
 
 const Kernels* table;
 std::string table_name;

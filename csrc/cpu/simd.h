@@ -191,6 +191,13 @@ struct Float16 {
 
 inline float widen(Bfloat16 value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
 
+// 2 * kLanes values, as their bits.
+inline Vec load(const Bfloat16* from) {
+    Vec bits;
+    __builtin_memcpy(&bits, from, sizeof bits);
+    return bits;
+}
+
 // The product rebiases the exponent, of subnormal numbers too; the largest exponent, of NaN and infinity, stays.
 inline float widen(Float16 value) {
     const uint32_t magnitude = (value.bits & 0x7fffu) << 13;

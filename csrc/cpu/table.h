@@ -1,4 +1,4 @@
-// Every kernel, in the namespace of one instruction set; for avx512.cpp, avx2.cpp and portable.cpp.
+// Every kernel, in the namespace of one instruction set; for avx512bf16.cpp, avx512.cpp, avx2.cpp and portable.cpp.
 #include "aggregate.cpp"
 #include "ceilings.cpp"
 #include "cross.cpp"
