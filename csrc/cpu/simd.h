@@ -36,7 +36,8 @@ constexpr int kWide = 2 * kLanes;  // columns of a product's tile
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 
-inline Vec splat(float value) { return Vec{} + value; }
+// Taking zero away changes no value, where adding it to -0 does: the compiler leaves a plain broadcast.
+inline Vec splat(float value) { return value - Vec{}; }
 
 inline Vec load(const float* from) {
     Vec value;
