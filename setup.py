@@ -23,7 +23,7 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext, has_flag
 from setuptools import setup
 from setuptools.command.sdist import sdist
 
@@ -52,6 +52,12 @@ class BuildExtension(build_ext):
             flags = INSTRUCTION_SETS.get(Path(src).name, [])
             compile_file(obj, src, ext, cc_args, [*extra_postargs, *flags], pp_opts)
 
+        newest = "csrc/cpu/avx512bf16.cpp"
+        if newest in extension.sources:
+            if has_flag(self.compiler, "-mavx512bf16"):
+                extension.define_macros.append(("DIFFSEG_AVX512BF16", "1"))
+            else:  # GCC before 10
+                extension.sources.remove(newest)
         self.compiler._compile = compile_with_flags
         if ".cu" not in self.compiler.src_extensions:
             self.compiler.src_extensions = [*self.compiler.src_extensions, ".cu"]

@@ -38,16 +38,16 @@ constexpr bool kHalves = true;
 constexpr bool kHalves = false;
 #endif
 
-constexpr float kMargin = 1e-4f;         // of rounding, on D
-constexpr float kSquareMargin = 2e-6f;   // of rounding, on a block's sum of squares, relative
-constexpr int64_t kChunk = kHalves ? 512 : 256;   // columns
-constexpr int64_t kChunksToDrop = 1024 / kChunk;  // after which pairs are dropped
-constexpr int64_t kSide = 4;             // cells, of a block
+constexpr float kMargin = 1e-4f;        // of rounding, on D
+constexpr float kSquareMargin = 2e-6f;  // of rounding, on a block's sum of squares, relative
+constexpr float kHalfMargin = 0.01f;    // of a bfloat16 band, relative: |p'| <= |p| (1 + 2^-8), and of rounding
+constexpr int64_t kSide = 4;            // cells, of a block
 constexpr int64_t kRowsOfTask = 48;
 constexpr int64_t kSampledRows = 24;
-constexpr int32_t kLeastScreened = 32;   // open maps of a group from which sums of halves pay
-constexpr float kHalfMargin = 0.01f;     // of such bands, relative: |p'| <= |p| (1 + 2^-8), and of rounding
-constexpr float kWorthwhile = 0.25f;     // share of decided pairs from which the bounds pay
+constexpr float kWorthwhile = 0.25f;              // share of decided pairs from which the bounds pay
+constexpr int32_t kLeastScreened = 32;            // open maps of a group from which bfloat16 pays
+constexpr int64_t kChunk = kHalves ? 512 : 256;   // columns
+constexpr int64_t kChunksToDrop = 1024 / kChunk;  // after which pairs are dropped
 
 enum State : uint8_t { kFar, kNear, kOpen };
 
