@@ -111,12 +111,13 @@ class AttentionRecord:
         return self._layers
 
     def _close(self) -> None:
-        recorder = cast(_Recorder, self._recorder)
+        if self._recorder is None:
+            return
         try:
             self._settled()
         finally:
+            self._recorder.clear()
             self._recorder = None
-            recorder.clear()
 
 
 @contextmanager
@@ -156,16 +157,24 @@ def record_attention(unet: Any, *, cross: bool = False) -> Iterator[AttentionRec
     recording = recorder.prepare(layers, levels=len(model.config.block_out_channels))
     record = AttentionRecord(recorder)
     hooks: list[Any] = []
+
+    def end() -> None:
+        _set_processors(layers, own)
+        for hook in hooks:
+            hook.remove()
+        record._close()
+
     try:  # from here on, since an interrupt may come anywhere
         _set_processors(layers, recording)
         hooks.append(model.register_forward_pre_hook(recorder.begin, with_kwargs=True))
         hooks.append(model.register_forward_hook(recorder.end))
         yield record
     finally:
-        for hook in hooks:
-            hook.remove()
-        _set_processors(layers, own)
-        record._close()
+        try:
+            end()
+        except BaseException:  # an interrupt here too, after which processors left behind would be refused for ever
+            end()
+            raise
 
 
 def count_layers(unet: UNet2DConditionModel) -> int:

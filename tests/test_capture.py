@@ -261,6 +261,33 @@ def test_an_interrupt_before_the_pass_leaves_the_unet_as_it_was(monkeypatch: pyt
     assert not unet._forward_pre_hooks
 
 
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(Attention, "set_processor"), (torch.utils.hooks.RemovableHandle, "remove"), (capture._Recorder, "clear")],
+)
+def test_an_interrupt_at_the_end_leaves_the_unet_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
+    unet = shared_unet("sd2")
+    own = unet.attn_processors
+    run = getattr(owner, name)
+
+    def interrupted(*_: Any) -> None:
+        monkeypatch.setattr(owner, name, run)
+        raise KeyboardInterrupt
+
+    recording = record_attention(unet)
+    recording.__enter__()
+    forward(unet, unet_inputs(unet, 1, 8, 8))
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recording.__exit__(None, None, None)
+    assert_same_processors(unet, own)
+    assert not unet._forward_pre_hooks
+    assert not unet._forward_hooks
+    assert capture._RECORDERS[False][unet]._layers == []
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_outlives_the_record_and_the_unet(fails: bool) -> None:
     unet = tiny_unet("sd2")
