@@ -21,7 +21,7 @@ from .reference import Grid
 
 _MOST_KEPT = 256 << 20  # bytes
 _kept: list[Tensor] = []  # float32, flat: free buffers, the most recently used last
-_lock = threading.Lock()
+_lock = threading.RLock()  # a destructor or a signal handler, which may call in between, must not wait for its own
 
 
 @contextmanager
@@ -102,9 +102,10 @@ def _is_kept(like: Tensor) -> bool:
 
 def _take(length: int) -> Tensor:
     with _lock:
-        for index in reversed(range(len(_kept))):
-            if len(_kept[index]) >= length:
-                return _kept.pop(index)
+        for memory in reversed(_kept):
+            if len(memory) >= length:
+                _kept[:] = [each for each in _kept if each is not memory]
+                return memory
     with torch.inference_mode(False):  # a tensor of that mode could not be written to outside
         return torch.empty(length, dtype=torch.float32, device="cpu")
 
@@ -115,4 +116,4 @@ def _keep(memory: Tensor) -> None:
     with _lock:
         _kept.append(memory)
         while sum(each.nbytes for each in _kept) > _MOST_KEPT:
-            del _kept[0]
+            del _kept[:1]

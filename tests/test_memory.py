@@ -1,5 +1,6 @@
 """Memory of A_f that is kept between calls: nobody sees another's, and nobody holds more than is said."""
 
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -52,6 +53,27 @@ def test_it_comes_back_after_an_exception():
     with pytest.raises(ZeroDivisionError), attention_memory(torch.zeros(1, 1), (2, 2)):
         raise ZeroDivisionError
     assert len(kept()) == 1
+
+
+def test_a_destructor_may_release_it_between_any_two_lines():
+    """So may a signal handler, in the thread that it interrupts."""
+    sizes = []
+
+    def release(frame, event, argument):
+        if frame.f_code.co_filename == memory.__file__:
+            memory.release()
+        return release
+
+    def work():
+        sys.settrace(release)
+        for side in (3, 3, 2):
+            with attention_memory(torch.zeros(1, 1), (side, 1)) as found:
+                sizes.append(len(found[0]))
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(20)
+    assert sizes == [3, 3, 2]
 
 
 def test_no_more_is_kept_than_is_said(monkeypatch):
