@@ -169,13 +169,14 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in _NOT_NEEDED}, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> "DiffSegPipeline":
-        """As ``DiffusionPipeline.to``; ends the recordings of weights that it moves."""
+        """As ``DiffusionPipeline.to``, after calls under way; ends the recordings of weights that it moves."""
         modules = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
         dtype = kwargs.get("dtype")
         if dtype is _OWN_DTYPES or all(getattr(part, "dtype", None) == dtype for part in modules):
             kwargs.pop("dtype", None)  # diffusers warns that a cast loses precision, also where it changes nothing
-        super().to(*args, **kwargs)
-        self._recordings.drop_stale(self._networks())
+        with lock_of(self.unet):
+            super().to(*args, **kwargs)
+            self._recordings.drop_stale(self._networks())
         return self
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -711,8 +712,8 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         """The weights as they are read fastest."""
         for network in self._networks():
             if not _is_channels_last(network):
+                self._laid_out.append(network)  # first, so that after an interrupt release() finds it
                 network.to(memory_format=torch.channels_last)
-                self._laid_out.append(network)
         if self._execution_device.type == "cuda" and self._fused is not self.unet:
             self._split()
             if fuse_projections(self.unet):

@@ -484,6 +484,37 @@ def test_pipelines_that_share_a_unet_share_its_lock(pipe):
     assert recorded.lock_of(pixel_pipeline().unet) is not recorded.lock_of(pipe.unet)
 
 
+def test_a_cast_waits_for_the_call_under_way(pipe):
+    casts = threading.Thread(target=pipe.to, args=(torch.float64,))
+
+    def during(*_):
+        if not casts.ident:
+            casts.start()
+            casts.join(0.5)
+            assert casts.is_alive()
+
+    pipe.unet.mid_block.register_forward_pre_hook(during)
+    assert pipe(picture()).num_segments[0] >= 1
+    casts.join()
+    assert pipe.unet.dtype == torch.float64
+    assert pipe(picture()).num_segments[0] >= 1
+
+
+def test_release_after_an_interrupted_warmup_lays_the_weights_out_as_before(pipe, monkeypatch):
+    lay_out = pipe.unet.to
+
+    def interrupted(**layout):
+        lay_out(**layout)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipe.unet, "to", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.warmup(1, 16, 16)
+    monkeypatch.undo()
+    pipe.release()
+    assert all(each.is_contiguous() for each in pipe.unet.parameters())
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
