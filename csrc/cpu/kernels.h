@@ -82,6 +82,9 @@ struct Kernels {
 // machine lacks it.
 const Kernels* kernels(const char* isa);
 
+// Whether "avx512bf16" comes before "avx512": on AMD's processors, where it was measured to be faster.
+bool bfloat16_first();
+
 namespace avx512bf16 {
 extern const Kernels table;
 }

@@ -13,7 +13,8 @@
 // A sample of rows says whether the bounds pay; on noise they do not, and are left out.
 // Pairs left open are summed over chunks of the columns. Each chunk's part of D is >= 0, so that a pair whose sum has
 // reached tau is dropped. Where the processor multiplies bfloat16, at twice the rate, p and l are rounded to it first,
-// p = p' + dp and l = l' + dl. That changes D by up to 1/2 (|dp_v| |l_f| + |p'_v| |dl_f| + |dl_v| |p_f| + |l'_v| |dp_f|),
+// p = p' + dp and l = l' + dl. That changes D by up to
+//   1/2 (|dp_v| |l_f| + |p'_v| |dl_f| + |dl_v| |p_f| + |l'_v| |dp_f|),
 // another band; pairs whose band holds tau are left to sums in float.
 //
 // Work split, round 1: one task is a block of rows f against all anchors. A tile of kLefts x kRights pairs sums both
@@ -22,7 +23,8 @@
 // are a product of 0/1 weights and rows; rows that belong to the same of these proposals are summed once, before it.
 // Each proposal's sum runs over the rows in an order that depends on the matches alone, not on threads.
 // Bytes: A_f is read twice (4 N^2 each); anchors' p and l, 8 P N, once a block of rows, from the last-level cache.
-// Workspace: 8 P N for p and l (12 with bfloat16), 4 P N for a second list, and per 4 x 4 block, match and strip a few MB.
+// Workspace: 8 P N for p and l (12 with bfloat16), 4 P N for a second list, and per 4 x 4 block, match and strip a few
+// MB.
 
 #include <math.h>
 #include <string.h>

@@ -15,6 +15,7 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -40,6 +41,7 @@ std::vector<std::string> available() {
     std::vector<std::string> names;
     for (const char* name : kInstructionSets)
         if (diffseg::kernels(name) != nullptr) names.emplace_back(name);
+    if (names[0] == "avx512bf16" && !diffseg::bfloat16_first()) std::swap(names[0], names[1]);
     return names;
 }
 
