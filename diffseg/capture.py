@@ -207,7 +207,7 @@ def record_pass(
     Raises:
         ValueError, TypeError: as :func:`record_attention`; ValueError if the pass left out a layer before the last.
     """
-    whole = hasattr(unet, "_orig_mod") or _has_global_hooks() or any(map(is_altered, unet.modules()))
+    whole = hasattr(unet, "_orig_mod") or _has_global_hooks() or any(map(is_altered, _modules_of(unet)))
     with record_attention(unet, cross=cross) as record:
         recorder = cast(_Recorder, record._recorder)
         if not whole:
@@ -251,8 +251,17 @@ def moves_weights(network: torch.nn.Module) -> bool:
     """Whether hooks of accelerate or diffusers move or cast its weights as it runs."""
     return any(
         "_hf_hook" in held or getattr(held.get("_diffusers_hook"), "hooks", None)
-        for held in (module.__dict__ for module in network.modules())  # torch.compile of 2.6 breaks at vars()
+        for held in (module.__dict__ for module in _modules_of(network))  # torch.compile of 2.6 breaks at vars()
     )
+
+
+def _modules_of(network: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """As ``network.modules()``, in another order, with repeats, in less than half the time."""
+    found = [network]
+    while found:
+        module = found.pop()
+        yield module
+        found += [child for child in module._modules.values() if child is not None]
 
 
 def _set_processors(layers: dict[str, Attention], processors: Mapping[str, Any]) -> None:
