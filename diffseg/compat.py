@@ -1,6 +1,7 @@
 """A drop-in for the class ``DiffSeg`` of the published code (github.com/google/diffseg, ``diffseg/segmentor.py``).
 
-Code that has DiffSeg today swaps one import; TensorFlow is not needed::
+Code that has DiffSeg today renames the published folder ``diffseg``, which would hide this package or be hidden by it,
+and swaps one import; TensorFlow is not needed::
 
     from diffseg.compat import DiffSeg  # was: from diffseg.segmentor import DiffSeg
 """
@@ -39,16 +40,21 @@ class DiffSeg:
 
     It differs from the published class where that one crashes, loses something or rounds:
 
-    - The first merge runs in float32. The published one runs in float16, where cells below 3e-8 become 0 and
-      their divergence NaN: those maps match nothing, an anchor among them is lost, and where all are it crashes. Here
-      probabilities are clamped at 1e-30 inside logarithms, and a map always matches itself.
+    - The first merge runs in float32. The published one runs in float16, which moves divergences by about 0.1 %, and
+      where cells below 3e-8 become 0 and their divergence NaN: those maps match nothing, an anchor among them is lost,
+      and where all are it crashes. On sharp maps that leaves it fewer segments. Here probabilities are clamped at 1e-30
+      inside logarithms, and a map always matches itself.
+    - float16 input is averaged over heads, and normed in ``get_semantics``, in more than float16, where the published
+      code rounds the means and overflows in the norms.
+    - ``segment`` and ``generate_masks`` do not call the other steps: a subclass that overrides ``KL``, ``mask_merge``
+      or ``aggregate_weights`` does not change their labels.
     - ``kl_threshold`` may be one number, for three rounds, or a list of one, for one round; both crash there.
     - ``num_points=1`` is the one anchor (31, 31), as in ``diffseg.merge``; there it divides by zero. More than 64 are
       refused; there they are all the same point.
     - A grid with any number of points is used whole; there, points beyond a square number are left out.
       ``mask_merge`` without a grid takes the constructor's.
-    - Refinement runs until labels are stable and, where a cluster ends empty, drops that cluster only; there the mean
-      of nothing takes its place and the last cluster is dropped.
+    - Refinement runs until labels are stable and drops a cluster that ends empty; there scikit-learn moves one that
+      empties to the row farthest from its centre, so that it stays.
     - ``aggregate_x_weights`` takes any number of tokens, not 77 alone. It returns [1, 512, 512, tokens], as there, for
       one image: the published demo indexes it with the number of the image and so fails from the second image on.
       ``get_semantics`` takes it whole, leading 1 included.
@@ -196,7 +202,7 @@ class DiffSeg:
         attns: Any,
         kl_threshold: float | Sequence[float],
         grid: NDArray[np.integer[Any]] | None = None,
-    ) -> NDArray[np.float64]:
+    ) -> NDArray[np.floating[Any]]:
         """One round of merging, at the threshold ``kl_threshold[iter]``.
 
         Args:
@@ -204,7 +210,7 @@ class DiffSeg:
                 rounds merge a list, [P, 64, 64] or [P, 1, 64, 64].
 
         Returns:
-            float64 [A, 64, 64] from round 0; [proposals, 1, 64, 64] from later ones.
+            float64 [A, 64, 64] from round 0; [proposals, 1, 64, 64] in the dtype of ``attns`` from later ones.
         """
         thresholds = _check_thresholds(kl_threshold)
         if not isinstance(iter, Integral) or not 0 <= iter < len(thresholds):
@@ -222,7 +228,7 @@ class DiffSeg:
         """Names each mask with a noun of the prompt.
 
         Args:
-            pred: labels [H, W], of one image.
+            pred: labels of one image, [H, W] or any shape of as many elements.
             x_weight: its cross-attention [H, W, tokens] or [1, H, W, tokens], from :meth:`aggregate_x_weights`.
             nouns: (index, word) of each noun, the index counting the prompt's words from 0: token index + 1.
             voting: ``"majority"``: the median, over the mask's pixels, of the position in ``nouns`` of each pixel's
@@ -236,7 +242,7 @@ class DiffSeg:
         labels = _to_numpy(_to_tensor("pred", pred))
         weights = _to_numpy(_float_tensor("x_weight", x_weight))
         weights = weights[0] if weights.ndim == 4 and len(weights) == 1 else weights
-        if labels.ndim != 2 or weights.ndim != 3 or weights.shape[:2] != labels.shape:
+        if weights.ndim != 3 or labels.size != weights[..., 0].size:
             raise ValueError(
                 "pred, x_weight: expected [H, W] and [H, W, tokens] of one image, "
                 f"got {list(labels.shape)} and {list(weights.shape)}"
@@ -313,7 +319,7 @@ class DiffSeg:
             backend=self.backend,
         )
 
-    def _merge_list(self, attns: Any, threshold: float) -> NDArray[np.float64]:
+    def _merge_list(self, attns: Any, threshold: float) -> NDArray[np.floating[Any]]:
         maps = self._tensor("attns", attns)
         if maps.ndim not in (3, 4) or maps.shape[-2:] != (_SIDE, _SIDE) or maps.numel() != len(maps) * _CELLS:
             raise ValueError(f"attns: expected a list of maps [P, 64, 64] or [P, 1, 64, 64], got {describe(maps)}")
@@ -322,7 +328,7 @@ class DiffSeg:
         listed = maps.reshape(1, -1, _CELLS).double()
         length = torch.tensor([listed.shape[1]], device=listed.device)
         merged, counts = reference.later_round(listed, length, threshold, "official", "host")
-        return _to_numpy(merged[0, : int(counts)]).reshape(-1, 1, _SIDE, _SIDE)
+        return _to_numpy(merged[0, : int(counts)].to(maps.dtype)).reshape(-1, 1, _SIDE, _SIDE)
 
 
 def _divergence(x: Tensor, y: Tensor) -> Tensor:
