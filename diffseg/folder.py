@@ -321,7 +321,9 @@ def _write(job: Job, result: _Result) -> None:
         visualize.label_image(result.labels).save(whole[job.labels], format="PNG", pnginfo=_note(job.settings))
         Image.fromarray(overlay).save(whole[job.overlay], format="PNG", compress_level=OVERLAY_COMPRESSION)
         if job.listing is not None:
-            listing = json.dumps({"caption": result.caption, "segments_info": result.named}, indent=1)
+            listing = json.dumps(
+                {"caption": result.caption, "segments_info": result.named}, indent=1, ensure_ascii=False
+            )
             whole[job.listing].write_text(listing + "\n", encoding="utf-8")
         if job.stale is not None:
             job.stale.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -92,7 +92,7 @@ def check_request(caption: Any, labels: Any, captioner: Any, images: int) -> tup
 
 
 def _check_texts(name: str, texts: Any) -> None:
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
         raise TypeError(f"{name}: expected texts, got {describe(texts)}")
     for text in texts:
         if not isinstance(text, str):
@@ -101,10 +101,10 @@ def _check_texts(name: str, texts: Any) -> None:
 
 def checked_captions(captions: Any, images: int) -> list[str]:
     """What a captioner returned: a text an image."""
-    captions = list(captions)
-    if len(captions) != images or not all(isinstance(caption, str) for caption in captions):
+    texts = list(captions) if isinstance(captions, Iterable) and not isinstance(captions, str) else []
+    if len(texts) != images or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"captioner: expected {images} texts from it, got {describe(captions)}")
-    return captions
+    return texts
 
 
 def prompts(captions: Sequence[str] | None, labels: Sequence[str] | None, images: int) -> list[Prompt]:

@@ -326,8 +326,9 @@ def test_a_function_writes_the_captions(pipe: DiffSegPipeline) -> None:
     output = pipe([picture(64, 128), picture()], semantic=True, captioner=write)
     assert [each.size for each in seen] == [(128, 64), (128, 128)]
     assert output.captions == ["a cat number 1", "a cat number 2"]
-    with pytest.raises(ValueError, match="captioner: expected 1 texts from it, got list"):
-        pipe(picture(), semantic=True, captioner=lambda pictures: [])
+    for returned, said in (([], r"list \[\]"), ("ab", "str 'ab'"), (None, "NoneType"), (["a", None], "list")):
+        with pytest.raises(ValueError, match=f"captioner: expected 2 texts from it, got {said}"):
+            pipe([picture()] * 2, semantic=True, captioner=lambda pictures, it=returned: it, batch_size=2)
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -405,6 +406,7 @@ def test_other_image_to_text_models(build: Any, tmp_path: Path) -> None:
         ({"semantic": False, "labels": ["cat"]}, ValueError, "labels: expected semantic=True with it"),
         ({"caption": 3}, TypeError, "caption: expected texts, got int 3"),
         ({"caption": ["a", None]}, TypeError, "caption: expected texts, got NoneType"),
+        ({"caption": b"a cat"}, TypeError, "caption: expected texts, got bytes"),
         ({"caption": ["a", "b"]}, ValueError, "caption: expected one text, or 1, one an image, got 2"),
         ({"labels": "cat"}, TypeError, "labels: expected texts, got str 'cat'"),
         ({"labels": []}, ValueError, "labels: expected at least one word"),
@@ -471,6 +473,8 @@ def test_command_line(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert np.array_equal(
         np.asarray(Image.open("kept/street_labels.png")), np.asarray(Image.open("plain/street_labels.png"))
     )
+    assert cli.main([*command, "-o", "other", "--labels", "Straße, 狗"]) == 0
+    assert '"caption": "Straße, 狗"' in Path("other", "street_segments.json").read_text("utf-8")
     capsys.readouterr()
     assert cli.main([*command, "-o", "named", "--labels", "traffic light, car"]) == 0
     assert "1 of 1 images have outputs in named and are skipped (--force overwrites)" in capsys.readouterr().err
