@@ -311,8 +311,6 @@ def _naming(options: argparse.Namespace) -> dict[str, Any]:
     names = None if options.labels is None else [name.strip() for name in options.labels.split(",")]
     captioner = options.captioner or semantics.CAPTIONER
     try:
-        if names is None:
-            semantics.tagger()
         captions, labels = semantics.check_request(options.caption, names, captioner, 1)
         if captions is not None:
             semantics.prompts(captions, labels, 1)

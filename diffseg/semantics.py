@@ -74,7 +74,12 @@ class ModelCaptioner:
 
 
 def check_request(caption: Any, labels: Any, captioner: Any, images: int) -> tuple[list[str] | None, list[str] | None]:
-    """The captions, one an image, and the labels, or None; raises an error that names the argument."""
+    """The captions, one an image, and the labels, or None.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+        ImportError: nouns will be asked for, and the tagger is not installed.
+    """
     if not isinstance(captioner, str) and not callable(captioner):
         raise TypeError(f"captioner: expected a model's name or a function, got {describe(captioner)}")
     captions = None
@@ -88,6 +93,8 @@ def check_request(caption: Any, labels: Any, captioner: Any, images: int) -> tup
         if not labels or not all(label.strip() for label in labels):
             raise ValueError(f"labels: expected at least one word, and none empty, got {list(labels)}")
         labels = list(dict.fromkeys(" ".join(label.split()) for label in labels))
+    else:
+        tagger()
     return captions if captions is None else list(captions), labels
 
 

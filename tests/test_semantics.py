@@ -72,11 +72,12 @@ def test_a_noun_that_stands_twice_is_one_name() -> None:
     assert semantics.nouns("a dog on a dog") == {"dog": [(2, 5), (11, 14)]}
 
 
-def test_without_the_tagger_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_tagger_the_error_says_what_to_do(pipe: DiffSegPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the captioner runs."""
     monkeypatch.setitem(sys.modules, "HanTa.HanoverTagger", None)
     semantics.tagger.cache_clear()
     with pytest.raises(ImportError, match=r"pip install -e '\.\[semantic\]' in a checkout, or pass labels="):
-        semantics.nouns("a dog")
+        pipe(picture(), semantic=True, captioner=lambda pictures: pytest.fail("ran"))
 
 
 def test_labels_as_a_prompt() -> None:
