@@ -24,7 +24,7 @@ from .reference import Grid
 CAPTIONER = "Salesforce/blip-image-captioning-base"
 
 _CAPTION_TOKENS = 40
-_WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
+_WORD = re.compile(r"['\u2019]\s?s\b|[^\W\d_]+(?:(?:-|['\u2019](?!s\b))[^\W\d_]+)*", re.IGNORECASE)
 
 Captioner = Callable[[list[Any]], Sequence[str]]  # PIL images -> a caption each
 Span = tuple[int, int]  # of characters
@@ -70,7 +70,8 @@ class ModelCaptioner:
         tokens = self.model.generate(
             pixel_values=pixels.to(self.model.device, self.model.dtype), max_new_tokens=_CAPTION_TOKENS
         )
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+        return [text.strip() for text in texts]
 
 
 def check_request(caption: Any, labels: Any, captioner: Any, images: int) -> tuple[list[str] | None, list[str] | None]:
@@ -146,11 +147,12 @@ def listed(labels: Sequence[str]) -> Prompt:
 
 
 def nouns(text: str) -> dict[str, list[Span]]:
-    """The nouns of an English text, in lower case and in order, and where they stand in it."""
+    """The nouns of an English text, in lower case, in order and without a possessive 's, and where they stand in it."""
     words = list(_WORD.finditer(text))
     found: dict[str, list[Span]] = {}
     if words:
-        for word, (_, _, tag) in zip(words, tagger().tag_sent([word[0] for word in words]), strict=True):
+        tagged = tagger().tag_sent([word[0] if word[0][0].isalpha() else "'s" for word in words])
+        for word, (_, _, tag) in zip(words, tagged, strict=True):
             if tag.startswith(("NN", "NP")):
                 found.setdefault(word[0].lower(), []).append(word.span())
     return found

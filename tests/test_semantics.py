@@ -56,7 +56,8 @@ def pipe(checkpoint: Path) -> DiffSegPipeline:
         ("a woman sitting on a bench reading a book", "woman bench book"),
         ("a skier is skiing down a snowy slope", "skier slope"),
         ("a tennis player swings his racket at the ball", "tennis player racket ball"),
-        ("A Dog, and the dog's bone.", "dog dog's bone"),
+        ("A Dog, and the dog's bone.", "dog bone"),
+        ("a man ' s t-shirt and a woman\u2019s hat", "man t-shirt woman hat"),
         ("running quickly", ""),
         ("", ""),
     ],
@@ -337,8 +338,8 @@ SPECIAL = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 
 
 def save_processors(folder: Path) -> None:
-    """A tokenizer of three words and an image processor."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat"]
+    """A tokenizer of a few words and an image processor."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat", "'", "s"]
     (folder / "vocab.txt").write_text("\n".join(words))
     BertTokenizer.from_pretrained(folder).save_pretrained(folder)
     BlipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -398,6 +399,8 @@ def test_other_image_to_text_models(build: Any, tmp_path: Path) -> None:
     captions = captioner([Image.fromarray(picture()), Image.fromarray(picture(64, 96))])
     assert len(captions) == 2
     assert {word for caption in captions for word in caption.split()} <= {"a", "dog", "cat"}
+    captioner.model.generate = lambda **_: torch.tensor([[2, 6, 8, 9, 7, 3]])
+    assert captioner([Image.fromarray(picture())]) == ["dog's cat"]
 
 
 @pytest.mark.parametrize(
