@@ -79,6 +79,12 @@ def exact_precision() -> str:
     return "ieee" if hip else "tf32x3"
 
 
+def has_fast_log(device: torch.device) -> bool:
+    """Whether a logarithm can be one approximate instruction: AMD's library and the interpreter have none."""
+    hip = torch.version.hip is not None if _recording is None else _recording.hip
+    return not hip and generation(device) != INTERPRETER
+
+
 def choose(table: Mapping[str, Config], device: torch.device) -> Config:
     """The line of ``table`` for ``device``; a generation without a line of its own takes that of "other"."""
     return table.get(generation(device), table[OTHER])

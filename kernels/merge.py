@@ -22,10 +22,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from diffseg.reference import SMALLEST_PROBABILITY
 
-from .launch import OTHER, Config, choose, dot, integers_on_device, launch
+from .launch import OTHER, Config, choose, dot, has_fast_log, integers_on_device, launch
 
 _TERMS = {
     "interpreter": Config({"BLOCK": 64}, num_warps=1, num_stages=1),
@@ -129,6 +130,7 @@ def _all_pairs(elements: Tensor, maps: Tensor, positions: Tensor | None) -> _Pro
         _terms_kernel, (length, batch_size), choose(_TERMS, device), device,
         elements=elements, positions=positions, terms=terms, entropies=entropies, length=length, cells=cells,
         stride_b=elements.stride(0), stride_r=elements.stride(1), stride_c=elements.stride(2),
+        FAST_LOG=has_fast_log(device),
     )  # fmt: skip
 
     config = choose(_PRODUCTS, device)
@@ -143,6 +145,7 @@ def _all_pairs(elements: Tensor, maps: Tensor, positions: Tensor | None) -> _Pro
         terms=terms, maps=maps, products=products, map_entropies=map_entropies,
         length=length, rows=rows, cells=cells, part=part,
         stride_b=maps.stride(0), stride_r=maps.stride(1), stride_c=maps.stride(2),
+        FAST_LOG=has_fast_log(device),
     )  # fmt: skip
     return _Products(entropies, map_entropies, products)
 
@@ -204,11 +207,18 @@ def _split(x, TERM: tl.constexpr):
 
 
 @triton.jit
-def _product_terms(value, cells):
-    """4096 p' and log(p' N), each in two float16 terms."""
+def _product_terms(value, cells, FAST_LOG: tl.constexpr):
+    """4096 p' and log(p' N), each in two float16 terms.
+
+    The fast logarithm is within 2 ** -22 of log2(p' N), or of 1 where that is less than 1, which D does not feel.
+    """
     p = _clamp(value.to(tl.float32))
     p_high, p_low = _split(p * 4096.0, tl.float16)
-    log_high, log_low = _split(tl.log(p * cells), tl.float16)
+    if FAST_LOG:
+        log = libdevice.fast_logf(p * cells)
+    else:
+        log = tl.log(p * cells)
+    log_high, log_low = _split(log, tl.float16)
     return p_high, p_low, log_high, log_low
 
 
@@ -221,8 +231,9 @@ def _pointwise(p_high, p_low, log_high, log_low):
 
 @triton.jit
 def _terms_kernel(
-    elements, positions, terms, entropies, length, cells, stride_b, stride_r, stride_c, BLOCK: tl.constexpr
-):
+    elements, positions, terms, entropies, length, cells, stride_b, stride_r, stride_c, FAST_LOG: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Terms of 4096 p' and log(p' N), float16 [4, B, P, N], and entropies [B, P] of rows ``positions``.
 
     Grid (P, B): a program an element. Bytes: 4 N read and 8 N written; logarithms: N, each an element.
@@ -240,7 +251,7 @@ def _terms_kernel(
         cell = start + tl.arange(0, BLOCK)
         inside = cell < cells
         value = tl.load(source + cell.to(tl.int64) * stride_c, mask=inside, other=1.0)
-        p_high, p_low, log_high, log_low = _product_terms(value, cells)
+        p_high, p_low, log_high, log_low = _product_terms(value, cells, FAST_LOG)
         tl.store(target + cell, p_high, mask=inside)
         tl.store(target + plane + cell, p_low, mask=inside)
         tl.store(target + 2 * plane + cell, log_high, mask=inside)
@@ -252,7 +263,7 @@ def _terms_kernel(
 @triton.jit
 def _products_kernel(
     terms, maps, products, map_entropies, length, rows, cells, part, stride_b, stride_r, stride_c,
-    BLOCK_P: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
+    FAST_LOG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """p.log f + log p.f of every element p and map f, and H_f, each as ``parts`` sums over ``part`` cells.
 
@@ -278,7 +289,7 @@ def _products_kernel(
         cell = (start + tl.arange(0, BLOCK_N))[None, :]
         inside = cell < cells
         value = tl.load(source + cell.to(tl.int64) * stride_c, mask=mapped & inside, other=1.0)
-        f_high, f_low, log_high, log_low = _product_terms(value, cells)
+        f_high, f_low, log_high, log_low = _product_terms(value, cells, FAST_LOG)
         entropy += tl.sum(tl.where(inside, _pointwise(f_high, f_low, log_high, log_low), 0.0), 1)
         p_high = tl.load(term + cell, mask=listed & inside, other=0.0)
         p_low = tl.load(term + plane + cell, mask=listed & inside, other=0.0)

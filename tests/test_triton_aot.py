@@ -49,6 +49,8 @@ def test_defaults_compile_without_spills(name: str, tmp_path: Path, monkeypatch:
         assert each.stores, f"{each.name} {each.tile}: compiled to nothing"
         assert each.spilled == 0, each
         assert each.shared <= target.shared_limit, each
+        if each.name in {"_terms_kernel", "_products_kernel"}:
+            assert "lg2.approx" in each.assembly, f"{each.name}: logarithms of twenty instructions"
         if each.name in MATRIX:
             assert TENSOR_CORES[name] in each.assembly, f"{each.name} {each.tile}: no tensor cores"
             assert "cp.async" in each.assembly, f"{each.name} {each.tile}: loads are not pipelined"
