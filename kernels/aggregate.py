@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -53,11 +53,12 @@ _WIDE_TILES = {  # float32 operands
     OTHER: Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=1),
 }
 _LARGEST_LARGE_TILE_WIDTH = 96
-_MANY_CELLS = 1024  # beyond this a map has large tiles enough to fill the GPU
+_MANY_CELLS = 1024  # from here on large tiles, or some parts of their heads each, fill the GPU
+_PROGRAMS = 128  # tiles times parts of the heads: the sums of a low-resolution grid are split to fill the GPU
 _LARGEST_ROW = 4096  # cells of a row of maps that one program holds: such rows are read once, longer ones twice
 _UPSAMPLED_BLOCK = 1024  # cells that a program upsamples at a time where nothing else is in a row
 _LAYER_WORDS = tl.constexpr(4)  # in the table: three addresses, and the scale and the offset of its exponent
-_GRID_WORDS = tl.constexpr(4)  # in the table: the offsets of its sums and of the stretched ones, height and width
+_GRID_WORDS = tl.constexpr(5)  # in the table: the offsets of its sums and of the stretched ones, height, width, parts
 _SMALLEST = tl.constexpr(SMALLEST_PROBABILITY)
 
 
@@ -97,7 +98,8 @@ def aggregate(
             share += math.log2(_cells(grids[layer]) / _cells(output))
         exponent = _pack(scales[layer] * math.log2(math.e), share)
         words += [queries[layer].data_ptr(), keys[layer].data_ptr(), rows[layer].data_ptr(), exponent]
-    staged = _Staging(groups, output, batch_size, device)
+    parts = {group.grid: _parts(group, queries) for group in groups}
+    staged = _Staging(groups, parts, output, batch_size, device)
     table = integers_on_device(words + staged.words(), device)
     for group in groups:
         if computed[group.layers[0]]:
@@ -132,7 +134,7 @@ def aggregate_maps(
     words = []
     for layer in (layer for group in groups for layer in group.layers):
         words += [maps[layer].data_ptr(), 0, 0, _pack(ratios[layer], 0.0)]
-    staged = _Staging(groups, output, batch_size, device)
+    staged = _Staging(groups, dict.fromkeys(grids, 1), output, batch_size, device)
     table = integers_on_device(words + staged.words(), device)
     attention = _summed_in(groups, output, out)
     written: set[Grid] = set()
@@ -183,12 +185,21 @@ def _groups(grids: Sequence[Grid], layouts: Sequence[object]) -> list[_Group]:
 class _Staging:
     """The sums of the low-resolution layers, a grid after the other, then the same stretched: float32 [B, size].
 
-    A sum is [n, n], that is [n, h, w]; stretched to the output's width it is [n, h, W].
+    A sum is in parts, [parts, n, n], that is [parts, n, h, w]; stretched to the output's width it is one, [n, h, W].
     """
 
-    def __init__(self, groups: Sequence[_Group], output: Grid, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        groups: Sequence[_Group],
+        parts: Mapping[Grid, int],
+        output: Grid,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
         self.grids = list(dict.fromkeys(group.grid for group in groups if group.grid != output))
-        sizes = [_cells(grid) ** 2 for grid in self.grids] + [_cells(grid) * grid[0] * output[1] for grid in self.grids]
+        self.parts = [parts[grid] for grid in self.grids]
+        sizes = [count * _cells(grid) ** 2 for grid, count in zip(self.grids, self.parts, strict=True)]
+        sizes += [_cells(grid) * grid[0] * output[1] for grid in self.grids]
         ends = list(accumulate((triton.cdiv(size, 16) * 16 for size in sizes), initial=0))
         self.offsets = ends[: len(self.grids)]
         self.stretched = ends[len(self.grids) : -1]
@@ -196,13 +207,24 @@ class _Staging:
         self.memory = torch.empty(batch_size, ends[-1], dtype=torch.float32, device=device)
 
     def words(self) -> list[int]:
-        entries = zip(self.offsets, self.stretched, self.grids, strict=True)
-        return [word for offset, stretched, grid in entries for word in (offset, stretched, *grid)]
+        entries = zip(self.offsets, self.stretched, self.grids, self.parts, strict=True)
+        return [word for offset, stretched, grid, parts in entries for word in (offset, stretched, *grid, parts)]
 
     def of(self, grid: Grid) -> Tensor:
-        """[B, n, n], the sum of the layers of ``grid``."""
-        cells, offset = _cells(grid), self.offsets[self.grids.index(grid)]
-        return self.memory[:, offset : offset + cells**2].unflatten(1, (cells, cells))
+        """[B, parts, n, n], the sum of the layers of ``grid``."""
+        index, cells = self.grids.index(grid), _cells(grid)
+        offset, parts = self.offsets[index], self.parts[index]
+        return self.memory[:, offset : offset + parts * cells**2].unflatten(1, (parts, cells, cells))
+
+
+def _parts(group: _Group, queries: Sequence[Tensor]) -> int:
+    """In how many parts the heads of a grid's layers are summed: as fill the GPU, no more than there are heads."""
+    query, cells = queries[group.layers[0]], _cells(group.grid)
+    return min(triton.cdiv(_PROGRAMS, _tiles(cells, _tile_config(query, cells))), query.shape[1])
+
+
+def _tiles(cells: int, config: Config) -> int:
+    return triton.cdiv(cells, config.blocks["BLOCK_M"]) * triton.cdiv(cells, config.blocks["BLOCK_N"])
 
 
 def _upsampling_weights(grid: Grid, output: Grid, device: torch.device) -> Tensor:
@@ -232,10 +254,10 @@ def _products(
     }  # fmt: skip
 
 
-def _tile_config(query: Tensor, large: bool) -> Config:
+def _tile_config(query: Tensor, cells: int) -> Config:
     if query.dtype == torch.float32:
         return choose(_WIDE_TILES, query.device)
-    large = large and query.shape[3] <= _LARGEST_LARGE_TILE_WIDTH
+    large = cells >= _MANY_CELLS and query.shape[3] <= _LARGEST_LARGE_TILE_WIDTH
     return choose(_TILES if large else _SMALL_TILES, query.device)
 
 
@@ -254,7 +276,7 @@ def _fill_logsumexps(
     if not _divides(group.grid, output):
         weights = _upsampling_weights(group.grid, output, query.device)
         masses = torch.empty(len(group.layers), *query.shape[:3], dtype=torch.float32, device=query.device)
-    config = _tile_config(query, large=_cells(group.grid) > _MANY_CELLS)
+    config = _tile_config(query, cells)
     blocks = triton.cdiv(cells, config.blocks["BLOCK_M"])
     launch(
         _logsumexps_kernel, (blocks, heads, batch_size * len(group.layers)), config, query.device,
@@ -279,13 +301,14 @@ def _sum_tiles(
 ) -> None:
     """Sums the group's layers: into the staging buffer, or, at the output grid, with that buffer into A_f."""
     full = group.grid == output
-    out = attention if full else staged.of(group.grid)
-    batch_size, cells, _ = out.shape
-    config = _tile_config(queries[group.layers[0]], large=cells > _MANY_CELLS)
-    tiles = triton.cdiv(cells, config.blocks["BLOCK_M"]) * triton.cdiv(cells, config.blocks["BLOCK_N"])
+    out = attention[:, None] if full else staged.of(group.grid)
+    batch_size, parts, cells, _ = out.shape
+    query = queries[group.layers[0]]
+    config = _tile_config(query, cells)
     launch(
-        _tiles_kernel, (tiles, batch_size), config, out.device,
+        _tiles_kernel, (_tiles(cells, config), parts, batch_size), config, out.device,
         table=table[group.table :], out=out, stride_ob=out.stride(0), layers=len(group.layers),
+        share=None if full else triton.cdiv(query.shape[1], parts),
         **_upsampling(staged, table, output, full and not accumulate), ACCUMULATE=accumulate,
         **_products(group, queries, keys, rows),
     )  # fmt: skip
@@ -303,7 +326,7 @@ def _sum_rows(
     """:func:`_sum_tiles` of maps."""
     full = group.grid == output
     first = maps[group.layers[0]]
-    out = attention if full else staged.of(group.grid)
+    out = attention if full else staged.of(group.grid)[:, 0]
     batch_size, cells, _ = out.shape
     weights = None if full else _upsampling_weights(group.grid, output, out.device)
     unit = common_unit([maps[layer] for layer in group.layers])
@@ -377,9 +400,9 @@ def _layer(table, layer, like, UNIT: tl.constexpr):
 
 @triton.jit
 def _stretch_kernel(staged, grids, stride_sb, width, BLOCK: tl.constexpr):
-    """A row of a sum, [h, w], with its columns upsampled bilinearly, [h, W].
+    """A row of a sum, [h, w], its parts added in order, with its columns upsampled bilinearly, [h, W].
 
-    Grid (the most cells of a grid, grids, B). At SD 1.4: reads 4.5 MB, writes 9.6 MB.
+    Grid (the most cells of a grid, grids, B). At SD 1.4: reads 10.6 MB, writes 9.6 MB.
     """
     word = grids + tl.program_id(1) * _GRID_WORDS
     small_height, small_width = tl.load(word + 2).to(tl.int32), tl.load(word + 3).to(tl.int32)
@@ -387,14 +410,19 @@ def _stretch_kernel(staged, grids, stride_sb, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     source = base + tl.load(word) + row * (small_height * small_width)
     target = base + tl.load(word + 1) + row * (small_height * width)
+    parts, part = tl.load(word + 4), tl.cast(small_height * small_width, tl.int64) * (small_height * small_width)
     cells = tl.where(row < small_height * small_width, small_height * width, 0)
     for start in range(0, cells, BLOCK):
         cell = start + tl.arange(0, BLOCK)
         left, right, across = taps(cell % width, small_width, width)
         line = source + cell // width * small_width
-        value = (1.0 - across) * tl.load(line + left, mask=cell < cells, other=0.0)
-        value += across * tl.load(line + right, mask=cell < cells, other=0.0)
-        tl.store(target + cell, value, mask=cell < cells)
+        near = tl.zeros([BLOCK], tl.float32)
+        far = tl.zeros([BLOCK], tl.float32)
+        for _ in range(parts):
+            near += tl.load(line + left, mask=cell < cells, other=0.0)
+            far += tl.load(line + right, mask=cell < cells, other=0.0)
+            line += part
+        tl.store(target + cell, (1.0 - across) * near + across * far, mask=cell < cells)
 
 
 @triton.jit
@@ -467,9 +495,9 @@ def _logsumexps_kernel(
         tl.store(masses + line + index, mass / total, mask=index < cells)
 
 
-@triton.jit(do_not_specialize=["layers"])
+@triton.jit(do_not_specialize=["layers", "share"])
 def _tiles_kernel(
-    table, out, stride_ob, layers, staged, grids, stride_sb, height, width, query, row, heads, cells,
+    table, out, stride_ob, layers, share, staged, grids, stride_sb, height, width, query, row, heads, cells,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_qd, stride_kd,
     stride_rb, stride_rh, stride_rn,
     GRIDS: tl.constexpr, ACCUMULATE: tl.constexpr,
@@ -478,13 +506,19 @@ def _tiles_kernel(
 ):  # fmt: skip
     """A tile of sum over layers and heads of 2 ** (q.k scale - logsumexp / ln 2 + offset), plus the upsampled grids.
 
-    Grid (tiles of n x n, B). At SD 1.4 and the output grid: 54 GFLOP (64 with the padded width), 0.67 G exp2, 64 MB
-    written; Q and K (26 MB) stay in the second-level cache, from which a tile reads 20 KB a head.
+    Grid (tiles of n x n, parts, B): a part takes ``share`` heads of each layer, or what is left of them; None: all. At
+    SD 1.4 and the output grid: 54 GFLOP (64 with the padded width), 0.67 G exp2, 64 MB written; Q and K (26 MB) stay in
+    the second-level cache, from which a tile reads 20 KB a head.
     """
     columns = tl.cdiv(cells, BLOCK_N)
     index = tl.program_id(0) // columns * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
-    batch = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    first, count = 0, heads
+    if share is not None:
+        first = tl.program_id(1).to(tl.int64) * share
+        count = tl.minimum(heads - tl.program_id(1) * share, share)
+        out += tl.program_id(1).to(tl.int64) * cells * cells
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if GRIDS > 0:
         total = _upsampled(
@@ -492,10 +526,10 @@ def _tiles_kernel(
         )
     for layer in range(layers):
         q, k, row_address, scale, offset = _layer(table, layer, query, UNIT)
-        q += batch * stride_qb * UNIT
-        k += batch * stride_kb * UNIT
-        source = row_address.to(row.dtype) + batch * stride_rb + index.to(tl.int64) * stride_rn
-        for _ in range(heads):
+        q += (batch * stride_qb + first * stride_qh) * UNIT
+        k += (batch * stride_kb + first * stride_kh) * UNIT
+        source = row_address.to(row.dtype) + batch * stride_rb + first * stride_rh + index.to(tl.int64) * stride_rn
+        for _ in range(count):
             logsumexp = tl.load(source, mask=index < cells, other=0.0)
             scores = tile_scores(
                 q, k, index, column, cells, cells, stride_qn, stride_qd, stride_kn, stride_kd,

@@ -214,10 +214,7 @@ def _product_terms(value, cells, FAST_LOG: tl.constexpr):
     """
     p = _clamp(value.to(tl.float32))
     p_high, p_low = _split(p * 4096.0, tl.float16)
-    if FAST_LOG:
-        log = libdevice.fast_logf(p * cells)
-    else:
-        log = tl.log(p * cells)
+    log = libdevice.fast_logf(p * cells) if FAST_LOG else tl.log(p * cells)
     log_high, log_low = _split(log, tl.float16)
     return p_high, p_low, log_high, log_low
 

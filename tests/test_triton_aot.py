@@ -68,6 +68,12 @@ def test_what_a_recorded_stage_launches() -> None:
     ]  # fmt: skip
 
 
+def small_tiles() -> list[Any]:
+    """The launches that sum the low-resolution grids, the smallest first."""
+    launches = aot.record(aot.NETWORKS[NETWORK], torch.float16, True, aot.TARGETS["sm_90"])
+    return [each for each in launches if each.kernel is aggregate._tiles_kernel and not each.arguments["GRIDS"]]
+
+
 def stated(kernel: Any) -> str:
     return re.sub(r"\s+", " ", kernel.fn.__doc__)
 
@@ -88,7 +94,9 @@ def test_headers_state_the_costs_of_the_design() -> None:
     assert f"{2 * 128 * width * 2 / 1e3:.0f} KB a head" in tiles
     assert f"{pairs / 1e9:.2f} G exp2 and {2 * pairs * width / 1e9:.0f} GFLOP" in stated(aggregate._logsumexps_kernel)
     lows = [(h, w) for _, (h, w), _, _ in layers[1:]]
-    reads, writes = sum((h * w) ** 2 * 4 for h, w in lows), sum(h * w * h * grid[1] * 4 for h, w in lows)
+    parts = [each.arguments["heads"] // each.arguments["share"] for each in small_tiles()]
+    reads = sum(count * (h * w) ** 2 * 4 for count, (h, w) in zip(parts, reversed(lows), strict=True))
+    writes = sum(h * w * h * grid[1] * 4 for h, w in lows)
     assert f"reads {reads / 1e6:.1f} MB, writes {writes / 1e6:.1f} MB" in stated(aggregate._stretch_kernel)
     maps = sum(number * heads * (h * w) ** 2 * 4 for number, (h, w), heads, _ in layers)
     assert f"reads {maps / 1e9:.1f} GB of maps" in stated(aggregate._rows_kernel)

@@ -59,6 +59,13 @@ class TestAggregate(AggregateContract):
         found = diffseg.aggregate_maps(maps, dtype=torch.bfloat16, backend="triton")
         torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=0)
 
+    def test_heads_in_parts(self, layers: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Layers of unlike heads add to the same parts, of which some get fewer heads than others, or none."""
+        monkeypatch.setattr(aggregate_kernels, "_PROGRAMS", 3)
+        made = [layers([(4, 4)]), *(layers([(2, 2)], heads=heads) for heads in (2, 4, 5))]
+        queries, keys = ([getattr(scene, name)[0].float() for scene in made] for name in ("queries", "keys"))
+        self.check(queries, keys)
+
     def test_same_bits_again(self, layers: Callable[..., Any]) -> None:
         scene = layers(INDIVISIBLE, dtype=torch.bfloat16)
         first, second = (
