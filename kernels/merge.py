@@ -104,13 +104,13 @@ class _Products(NamedTuple):
 
 
 def _near(elements: Tensor, maps: Tensor, positions: Tensor | None, counts: Tensor | None, threshold: float) -> Tensor:
-    """int8 [B, P, F]: whether element p (row positions[p] of ``elements``) is nearer than ``threshold`` to map f.
+    """bfloat16 [B, P, F]: 1 where element p (row positions[p] of ``elements``) is nearer than ``threshold`` to map f.
 
-    With ``counts`` both lists end there, and bits past the end are 0.
+    Elsewhere 0; with ``counts`` both lists end there, and it is 0 past the end. The means multiply by it as it is.
     """
     pairs = _all_pairs(elements, maps, positions)
     parts, batch_size, length, rows = pairs.products.shape
-    near = torch.empty(batch_size, length, rows, dtype=torch.int8, device=maps.device)
+    near = torch.empty(batch_size, length, rows, dtype=torch.bfloat16, device=maps.device)
     config = choose(_BITS, maps.device)
     launch(
         _bits_kernel, (triton.cdiv(rows, config.blocks["BLOCK"]), length, batch_size), config, maps.device,
@@ -157,7 +157,7 @@ def _walk(near: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     owners = torch.empty_like(heads)
     merged = torch.empty_like(counts)
     padded = max(32, triton.next_power_of_2(length))
-    config = Config({"LENGTH": padded}, num_warps=max(4, padded // 64), num_stages=1)
+    config = Config({"LENGTH": padded}, num_warps=max(1, padded // 256), num_stages=1)  # in one warp no step waits
     launch(
         _walk_kernel, (batch_size,), config, near.device,
         near=near, counts=counts, heads=heads, owners=owners, merged=merged, length=length,
@@ -313,7 +313,7 @@ def _bits_kernel(
 ):  # fmt: skip
     """D < threshold, from the parts of the products, added in order; an element is near itself.
 
-    Grid (blocks of F, P, B). Bytes: 4 parts P F read, P F written.
+    Grid (blocks of F, P, B). Bytes: 4 parts P F read, 2 P F written.
     """
     f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     element = tl.program_id(1)
@@ -333,7 +333,7 @@ def _bits_kernel(
     if counts is not None:
         count = tl.load(counts + batch)
         bit = bit & (f < count) & (element < count)
-    tl.store(near + (batch * length + element) * rows + f, bit.to(tl.int8), mask=inside)
+    tl.store(near + (batch * length + element) * rows + f, bit.to(tl.float32).to(tl.bfloat16), mask=inside)
 
 
 @triton.jit
@@ -342,7 +342,7 @@ def _walk_kernel(near, counts, heads, owners, merged, length, LENGTH: tl.constex
 
     Grid (B,): one program an image. The list is walked in blocks of 32: the bits among a block's elements are packed
     into 32 words, which one after the other decide the heads in scalar arithmetic; then the rows of the block's heads
-    are taken at once. Bytes: P^2 read; about 32 dependent scalar steps a block.
+    are taken at once. Bytes: 2 P^2 read; about 32 dependent scalar steps a block.
     """
     batch = tl.program_id(0).to(tl.int64)
     near += batch * length * length
@@ -356,7 +356,7 @@ def _walk_kernel(near, counts, heads, owners, merged, length, LENGTH: tl.constex
         square = tl.load(
             near + row[:, None] * length + row[None, :], mask=(row[:, None] < count) & (row[None, :] < count), other=0
         )
-        words = tl.sum(square.to(tl.int32) << local[None, :], 1)
+        words = tl.sum((square != 0).to(tl.int32) << local[None, :], 1)
         taken_here = (element >= start) & (element < start + 32) & (owner < LENGTH)
         taken = tl.sum(tl.where(taken_here, 1 << (element - start), 0), 0)
         chosen = tl.zeros([], tl.int32)
@@ -370,8 +370,8 @@ def _walk_kernel(near, counts, heads, owners, merged, length, LENGTH: tl.constex
         tl.store(heads + batch * length + rank, row, mask=is_head)
         found += tl.sum(is_head.to(tl.int32), 0)
         for step in tl.static_range(32):
-            read = count * ((chosen >> step) & 1)
-            bits = tl.load(near + (start + step) * length + element, mask=element < read, other=0)
+            read = length * ((chosen >> step) & 1)  # not count: past it there are zeros, and vectors are whole
+            bits = tl.load(near + (start + step) * length + element, mask=element < read, other=0.0)
             owner = tl.where(bits != 0, tl.minimum(owner, start + step), owner)
     tl.store(owners + batch * length + element, owner, mask=element < length)
     tl.store(merged + batch, found)
@@ -385,7 +385,7 @@ def _means_kernel(
     """Means over groups: bits [P, F] times maps [F, N], the maps in two bfloat16 terms, over the number of bits.
 
     Grid (tiles of P x N, B); the tiles of one block of cells are neighbours. At SD 1.4, round 1: reads A_f (64 MB) and
-    the bits (1 MB a block of cells, from the second-level cache), writes 4 MB; 2 products of 8.6 GFLOP in bfloat16.
+    the bits (2 MB a block of cells, from the second-level cache), writes 4 MB; 2 products of 8.6 GFLOP in bfloat16.
     """
     tiles = tl.cdiv(length, BLOCK_P)
     p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -402,17 +402,15 @@ def _means_kernel(
     size = tl.zeros([BLOCK_P], tl.float32)
     for start in range(0, rows, BLOCK_F):
         f = start + tl.arange(0, BLOCK_F)
-        bits = tl.load(group + f[None, :], mask=listed[:, None] & (f[None, :] < rows), other=0) != 0
+        member = tl.load(group + f[None, :], mask=listed[:, None] & (f[None, :] < rows), other=0.0)
         if owners is not None:
             owner = tl.load(owners + batch * rows + f, mask=f < rows, other=-1)
-            bits = bits & (owner[None, :] == row[:, None])
+            member = tl.where(owner[None, :] == row[:, None], member, 0.0)
         value = tl.load(
             source + f.to(tl.int64)[:, None] * stride_r, mask=(f[:, None] < rows) & (cell[None, :] < cells), other=0.0
         )
         high, low = _split(value.to(tl.float32), tl.bfloat16)
-        member = bits.to(tl.float32)
-        size += tl.sum(member, 1)
-        member = member.to(tl.bfloat16)
+        size += tl.sum(member.to(tl.float32), 1)
         block = dot(member, low, tl.zeros([BLOCK_P, BLOCK_N], tl.float32), None)
         total += dot(member, high, block, None)
     total = total / tl.maximum(size, 1.0)[:, None]

@@ -118,4 +118,4 @@ def test_headers_state_the_costs_of_the_design() -> None:
     means = stated(merge._means_kernel)
     assert f"2 products of {one_product}" in means
     assert f"reads A_f ({cells**2 * 4 / 2**20:.0f} MB)" in means
-    assert f"the bits ({anchors * cells / 2**20:.0f} MB a block of cells" in means
+    assert f"the bits ({2 * anchors * cells / 2**20:.0f} MB a block of cells" in means

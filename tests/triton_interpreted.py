@@ -118,7 +118,7 @@ class TestMerge(MergeContract):
         counts = torch.tensor([70, 64, 33, 1], dtype=torch.int32)
         listed = torch.arange(70) < counts[:, None]
         near &= listed[:, None] & listed[:, :, None]
-        heads, owners, merged = merge_kernels._walk(near.to(torch.int8), counts)
+        heads, owners, merged = merge_kernels._walk(near.bfloat16(), counts)
         expected = reference.walk_on_host(near, rule)
         for item, count in enumerate(merged.tolist()):
             head = heads[item, :count].long()
