@@ -355,7 +355,8 @@ struct Means {
 };
 
 // A step of the means: 128 maps x 32 cells in two bfloat16 terms in shared memory, [2][128 rows] of 64 bytes and 16
-// more, which put the eight rows of a matrix in different banks.
+// more, which put the eight rows of a matrix in different banks. Of 32 maps, those of bits b and b + 16 of a word lie
+// beside each other: one shift and one mask make both of them a fragment's operand.
 constexpr int kMeanRows = 32 * kWordsAtOnce, kMeanCells = 32, kMeanGroups = 256;
 constexpr int kMeanPitch = 2 * kMeanCells + 16;
 constexpr int kMeanPlane = kMeanRows * kMeanPitch;
@@ -385,37 +386,34 @@ DIFFSEG_DEVICE FetchedStep fetch_step(const Means& in, int batch, int group, int
     return step;
 }
 
+// The row of a map among 32: b and b + 16 of lane b % 4 in rows 2 (b % 4) and the next of matrix b / 4.
+DIFFSEG_DEVICE int paired_row(int map) { return map / 4 % 4 * 8 + map % 4 * 2 + map / 16; }
+
 DIFFSEG_DEVICE void store_step(unsigned char* stage, const FetchedStep& step) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
         const Split left = split_bfloat16(step.maps[k].x, step.maps[k].y);
         const Split right = split_bfloat16(step.maps[k].z, step.maps[k].w);
-        unsigned char* target = stage + (k * 32 + threadIdx.x / 8) * kMeanPitch + threadIdx.x % 8 * 8;
+        unsigned char* target = stage + (k * 32 + paired_row(threadIdx.x / 8)) * kMeanPitch + threadIdx.x % 8 * 8;
         *reinterpret_cast<uint2*>(target) = {left.high, right.high};
         *reinterpret_cast<uint2*>(target + kMeanPlane) = {left.low, right.low};
     }
 }
 
-// Two neighbouring bits as bfloat16 ones.
-DIFFSEG_DEVICE uint32_t bits_as_ones(uint32_t word, int bit) {
-    return (word >> bit & 1) * 0x3f80u | (word >> (bit + 1) & 1) * 0x3f800000u;
-}
+// Bits 4 i and 4 i + 16 as bfloat16 twos, which are one bit each.
+DIFFSEG_DEVICE uint32_t bits_as_twos(uint32_t word, int i) { return word << (14 - 4 * i) & 0x40004000u; }
 
-// sum += bits x maps over 32 maps: a warp's 32 groups x 32 cells. `words`: of groups 0, 8, 16, 24 beyond lane / 4.
+// sum += 2 bits x maps over 32 maps: a warp's 32 groups x 32 cells. `words`: of groups 0, 8, 16, 24 beyond lane / 4.
 DIFFSEG_DEVICE void multiply_bits(const unsigned char* rows, const uint32_t (&words)[4], float (&sum)[2][4][4]) {
     const int lane = threadIdx.x % 32;
     rows += lane % 16 * kMeanPitch + lane / 16 * 16;
 #pragma unroll
     for (int k = 0; k < 32; k += 16) {
-        const int bit = k + lane % 4 * 2;
         uint32_t a[2][4];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            a[i][0] = bits_as_ones(words[2 * i], bit);
-            a[i][1] = bits_as_ones(words[2 * i + 1], bit);
-            a[i][2] = bits_as_ones(words[2 * i], bit + 8);
-            a[i][3] = bits_as_ones(words[2 * i + 1], bit + 8);
-        }
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int r = 0; r < 4; ++r) a[i][r] = bits_as_twos(words[2 * i + r % 2] >> lane % 4, k / 8 + r / 2);
 #pragma unroll
         for (int plane = 1; plane >= 0; --plane)
 #pragma unroll
@@ -484,7 +482,7 @@ __global__ void __launch_bounds__(kThreads, 1) means_kernel(const __grid_constan
                 const int size = sizes[2 * i + c / 2];
                 if (g < in.length && column < in.cells)
                     in.means[(static_cast<int64_t>(batch) * in.length + g) * in.cells + column] =
-                        total[i][j][c] / static_cast<float>(size > 0 ? size : 1);
+                        total[i][j][c] / static_cast<float>(size > 0 ? 2 * size : 2);
             }
 }
 
