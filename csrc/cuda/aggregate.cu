@@ -20,11 +20,14 @@
 // multiprocessor that has 138 KB of shared memory, one computes while the other waits or stores. The price: all eight
 // warps of a block read K's chunk, not four, 27 matrix loads a warp and head in place of 18. Scores of float32 take the
 // first way also where the chunk is one: beside their three products and the sums of these, exponentials are few.
+// Log-sum-exps need no sums: with the steps of the products in a loop that is not unrolled, two blocks of the first way.
 //
 // At SD 1.4, the 64 x 64 layers: 54 GFLOP (64 with the padded width), 0.67 G exp2, 64 MB written; Q and K (26 MB) stay
 // in the second-level cache, from which a tile reads 24 KB a head in sectors of 32 bytes, 1.0 GB in all. For a tile and
 // head a multiprocessor takes 1024 cycles for exponentials, 1056 to write (192) and read shared memory, 800 to issue
-// instructions. Without log-sum-exps the products and the exponentials twice.
+// instructions. To store a tile of 40 heads, which upsamples three grids, takes some 11000 to issue and 4300 of shared
+// memory besides. Without log-sum-exps the products and the exponentials twice: 1088 cycles for exponentials and 1230 to
+// issue instructions.
 
 #include <algorithm>
 #include <cmath>
@@ -170,8 +173,8 @@ DIFFSEG_DEVICE void multiply_step_tf32(Scores& scores, const uint32_t (&high)[2]
 }
 
 // scores += Q K^T over a chunk. A matrix row of 16 bytes is 8 channels of 16 bits or 4 of 32: the fragments of both
-// products are loaded alike.
-template <Type kType, int kChunk>
+// products are loaded alike. Of `kUnroll` steps the loads run beside the products.
+template <Type kType, int kChunk, int kUnroll>
 DIFFSEG_DEVICE void multiply_chunk(const unsigned char* stage, Scores& scores) {
     constexpr int kPitch = Stage<kChunk>::kPitch;
     const int lane = threadIdx.x % 32;
@@ -179,7 +182,7 @@ DIFFSEG_DEVICE void multiply_chunk(const unsigned char* stage, Scores& scores) {
     const unsigned char* b_row = stage +
                                  (kTile + threadIdx.x / 32 % 2 * kWarpColumns + lane / 16 * 8 + lane % 8) * kPitch +
                                  lane / 8 % 2 * 16;
-#pragma unroll kType == Type::float32 ? 1 : kChunk / 32  // more of float32 spills
+#pragma unroll kUnroll
     for (int k = 0; k < kChunk; k += 32) {
         uint32_t a[2][4], low[2][4], b[4];
 #pragma unroll
@@ -385,7 +388,8 @@ __global__ void __launch_bounds__(kThreads, 1) sum_scores_kernel(const __grid_co
             clear(scores);
             load_logsumexps(layer, tile.batch, at.head, tile.row, logsumexps);
         }
-        multiply_chunk<kType, kChunk>(stage, scores);
+        constexpr int kUnroll = kType == Type::float32 ? 1 : kChunk / 32;  // more of float32 spills
+        multiply_chunk<kType, kChunk, kUnroll>(stage, scores);
         if (at.chunk == chunks_of<kChunk>(layer) - 1) add_exponentials(total, scores, layer, logsumexps);
     });
     store_tile(table, tile, total);
@@ -415,13 +419,14 @@ __global__ void __launch_bounds__(kThreads, kChunk == kChunks[0] ? 2 : 1)
     store_tile(table, tile, total);
 }
 
-// Takes a tile's scores of a thread's row `r` into account.
+// Takes a tile's scores of a thread's row `r` into account; unless all are, those of columns before `cells`.
+template <bool kAll>
 DIFFSEG_DEVICE void add_scores(Online& online, const Scores& scores, int r, float scale, int column, int cells) {
     float exponent[16];
     float larger = online.largest;
 #pragma unroll
     for (int n = 0; n < 16; ++n) {
-        const bool inside = column + fragment_column<2>(n / 2, n % 2) < cells;
+        const bool inside = kAll || column + fragment_column<2>(n / 2, n % 2) < cells;
         exponent[n] = inside ? scores[r / 2][n / 2][r % 2 * 2 + n % 2] * scale : -INFINITY;
         larger = fmaxf(larger, exponent[n]);
     }
@@ -457,27 +462,33 @@ DIFFSEG_DEVICE void store_logsumexps(Online (&online)[4], float* target, int row
 
 // Grid: (128 rows, heads, layers x batch); the dimensions are those of the largest layer.
 template <Type kType, int kChunk>
-__global__ void __launch_bounds__(kThreads, 1) logsumexp_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, 2) logsumexp_kernel(const __grid_constant__ Table table) {
     const Entry& layer = table.layers[blockIdx.z / table.batch];
     const int row = blockIdx.x * kTile, head = blockIdx.y, batch = blockIdx.z % table.batch;
     if (row >= layer.cells || head >= layer.heads) return;
     unsigned char* stages = shared_memory();
-    const int chunks = chunks_of<kChunk>(layer), steps = ceil_div(layer.cells, kTile) * chunks;
+    const int chunks = chunks_of<kChunk>(layer);
     Online online[4];
     Scores scores;
     copy_chunk<kChunk>(stages, layer, batch, head, row, 0, 0);
-    for (int step = 0; step < steps; ++step) {
-        if (step % chunks == 0) clear(scores);
-        wait_for_copies();
-        sync_block();  // the chunk is there for all, and the other stage has been read by all
-        if (step + 1 < steps)
-            copy_chunk<kChunk>(stages + (step + 1) % 2 * Stage<kChunk>::kBytes, layer, batch, head, row,
-                               (step + 1) / chunks * kTile, (step + 1) % chunks);
-        multiply_chunk<kType, kChunk>(stages + step % 2 * Stage<kChunk>::kBytes, scores);
-        if (step % chunks == chunks - 1) {
+    int stage = 0;
+    for (int column = 0; column < layer.cells; column += kTile) {
+        clear(scores);
+        for (int chunk = 1; chunk <= chunks; ++chunk, stage ^= 1) {
+            wait_for_copies();
+            sync_block();  // the chunk is there for all, and the other stage has been read by all
+            const bool last = chunk == chunks;
+            if (!last || column + kTile < layer.cells)
+                copy_chunk<kChunk>(stages + (stage ^ 1) * Stage<kChunk>::kBytes, layer, batch, head, row,
+                                   last ? column + kTile : column, last ? 0 : chunk);
+            multiply_chunk<kType, kChunk, 1>(stages + stage * Stage<kChunk>::kBytes, scores);
+        }
+        if (column + kTile <= layer.cells) {
 #pragma unroll
-            for (int r = 0; r < 4; ++r)
-                add_scores(online[r], scores, r, layer.scale, step / chunks * kTile, layer.cells);
+            for (int r = 0; r < 4; ++r) add_scores<true>(online[r], scores, r, layer.scale, column, layer.cells);
+        } else {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) add_scores<false>(online[r], scores, r, layer.scale, column, layer.cells);
         }
     }
     store_logsumexps(online, layer.logsumexps + (static_cast<int64_t>(batch) * layer.heads + head) * layer.cells, row,
