@@ -6,7 +6,7 @@ float64, and in float32 otherwise. No function here waits for the device, except
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import isqrt
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ SMALLEST_PROBABILITY = 1e-30
 SMALLEST_NORM = 1e-15
 """Norms are clamped from below to this before they divide: of what is smaller, float32 loses the squares."""
 
-_ROWS_AT_ONCE = 2048  # rows of A_f whose logarithms exist at one time
+_ENTRIES_AT_ONCE = 1 << 20  # of a temporary tensor on a CPU: it stays in a cache, in memory that malloc need not map
+_GPU_ENTRIES_AT_ONCE = 1 << 25  # on a GPU: few kernels, and long ones
 _PROPOSALS_AT_ONCE = 16  # proposals that are upsampled at one time
 _PIXELS_AT_ONCE = 65536  # pixels whose membership in all masks exists at one time
 _LARGEST_DEVICE_WALK = 1024  # proposals: beyond it (anchors > 32) the greedy walk is taken to the host
@@ -51,19 +52,16 @@ def aggregate(
 ) -> None:
     """Into ``out``, A_f [B, N, N] over ``grid``, from Q and K [B, heads, n, d] and log-sum-exps [B, heads, n]."""
 
-    def layer_map(layer: int, item: int, compute: torch.dtype) -> Tensor:
+    def layer_maps(layer: int, item: int, compute: torch.dtype) -> Iterator[Tensor]:
         query, key = queries[layer][item].to(compute) * scales[layer], keys[layer][item].to(compute)
-        _check_finite(layer, query, key, *(() if logsumexps is None else (logsumexps[layer][item],)))
-        total = query.new_zeros(query.shape[1], key.shape[1])
-        for head in range(query.shape[0]):
-            scores = query[head] @ key[head].T
-            if logsumexps is None:
-                total += scores.softmax(-1)
-            else:
-                total += (scores - logsumexps[layer][item, head, :, None].to(compute)).exp_()
-        return total / query.shape[0]
+        rows = None if logsumexps is None else logsumexps[layer][item, :, :, None].to(compute)
+        _check_finite(layer, query, key, *(() if rows is None else (rows,)))
+        step = _at_once(len(key) * key.shape[1], key.device)
+        for start in range(0, query.shape[1], step):
+            scores = query[:, start : start + step] @ key.mT
+            yield (scores.softmax(-1) if rows is None else scores.sub_(rows[:, start : start + step]).exp_()).mean(0)
 
-    _aggregate(layer_map, grids, ratios, grid, _compute_dtype(out.dtype, *queries, *keys), out)
+    _aggregate(layer_maps, grids, ratios, grid, _compute_dtype(out.dtype, *queries, *keys), out)
 
 
 def aggregate_maps(
@@ -75,40 +73,69 @@ def aggregate_maps(
 ) -> None:
     """Into ``out``, A_f [B, N, N] over ``grid``, from attention maps, lists of [B, heads, n, n]."""
 
-    def layer_map(layer: int, item: int, compute: torch.dtype) -> Tensor:
-        return maps[layer][item].mean(0, dtype=compute)
+    def layer_maps(layer: int, item: int, compute: torch.dtype) -> Iterator[Tensor]:
+        heads = maps[layer][item]
+        for rows in heads.split(_at_once(len(heads) * heads.shape[2], heads.device), dim=1):
+            yield rows.mean(0, dtype=compute)
 
-    _aggregate(layer_map, grids, ratios, grid, _compute_dtype(out.dtype, *maps), out)
+    _aggregate(layer_maps, grids, ratios, grid, _compute_dtype(out.dtype, *maps), out)
 
 
 def _aggregate(
-    layer_map: Callable[[int, int, torch.dtype], Tensor],
+    layer_maps: Callable[[int, int, torch.dtype], Iterator[Tensor]],
     grids: Sequence[Grid],
     ratios: Sequence[float],
     grid: Grid,
     compute: torch.dtype,
     out: Tensor,
 ) -> None:
-    """Sums ratio * normalise(upsample(M_k)) over the layers k, each row repeated to the output grid's queries."""
-    height, width = grid
-    cells = height * width
+    """Sums ratio * normalise(upsample(M_k)) over the layers k, each row repeated to the output grid's queries.
+
+    ``layer_maps`` gives M_k of a layer and an image, some rows at a time. Upsampling is linear: maps are divided by the
+    sums that they will have, and those of one grid are added up, before they are upsampled.
+    """
     for item in range(len(out)):
-        total = torch.zeros(height, width, cells, dtype=compute, device=out.device)
+        total = out[item] if out.dtype == compute else torch.empty_like(out[item], dtype=compute)
+        sums = {grid: total.zero_()}
         for layer, ((rows, columns), ratio) in enumerate(zip(grids, ratios, strict=True)):
-            averaged = layer_map(layer, item, compute)
-            _check_finite(layer, averaged)
-            upsampled = F.interpolate(
-                averaged.view(-1, 1, rows, columns), (height, width), mode="bilinear", align_corners=False
-            ).view(rows, columns, cells)
-            mass = upsampled.sum(-1, keepdim=True).clamp_min(SMALLEST_PROBABILITY)
-            upsampled = upsampled * (ratio / mass)
-            if (rows, columns) == grid:
-                total += upsampled
-            else:
-                row = torch.arange(height, device=out.device) * rows // height
-                column = torch.arange(width, device=out.device) * columns // width
-                total += upsampled[row[:, None], column]
-        out[item] = total.view(cells, cells)
+            cells = rows * columns
+            if (rows, columns) not in sums:
+                sums[rows, columns] = total.new_zeros(cells, cells)
+            down = _interpolation(rows, grid[0], out.device, compute).sum(0)
+            across = _interpolation(columns, grid[1], out.device, compute).sum(0)
+            weights = torch.outer(down, across).flatten()  # of a cell, in the sum of the upsampled map
+            start = 0
+            for averaged in layer_maps(layer, item, compute):
+                mass = averaged @ weights
+                _check_finite(layer, mass)
+                some = sums[rows, columns][start : start + len(averaged)]
+                some.addcmul_(averaged, (ratio / mass.clamp_min(SMALLEST_PROBABILITY))[:, None])
+                start += len(averaged)
+        for small, maps in sums.items():
+            if small != grid:
+                _add_upsampled(maps, small, grid, total)
+        if out.dtype != compute:
+            out[item] = total
+
+
+def _add_upsampled(maps: Tensor, small: Grid, grid: Grid, total: Tensor) -> None:
+    """Adds maps [n, n] over the grid ``small``, upsampled and repeated, to ``total`` [N, N] over ``grid``."""
+    (rows, columns), (height, width) = small, grid
+    cells = height * width
+    row = torch.arange(height, device=maps.device) * rows // height
+    column = torch.arange(width, device=maps.device) * columns // width
+    step = _at_once(width * cells, maps.device)
+    for start in range(0, height, step):
+        stop = min(start + step, height)
+        first, last = start * rows // height, (stop - 1) * rows // height
+        some = maps[first * columns : (last + 1) * columns].view(-1, 1, rows, columns)
+        upsampled = F.interpolate(some, grid, mode="bilinear", align_corners=False).view(-1, columns, cells)
+        total.view(height, width, cells)[start:stop] += upsampled[row[start:stop, None] - first, column]
+
+
+def _at_once(entries: int, device: torch.device) -> int:
+    """How many rows of so many entries exist at one time."""
+    return max(1, (_ENTRIES_AT_ONCE if device.type == "cpu" else _GPU_ENTRIES_AT_ONCE) // entries)
 
 
 def aggregate_cross(
@@ -190,15 +217,16 @@ def _first_round(attention: Tensor, index: Tensor, threshold: float, image: int 
     anchor, anchor_log, anchor_entropy = _log_terms(attention[index].to(compute))
     total = torch.zeros_like(anchor)
     count = anchor.new_zeros(len(index), 1)
-    for start in range(0, len(attention), _ROWS_AT_ONCE):
-        maps = attention[start : start + _ROWS_AT_ONCE].to(compute)
+    step = _at_once(attention.shape[1], attention.device)
+    for start in range(0, len(attention), step):
+        maps = attention[start : start + step].to(compute)
         clamped, log, entropy = _log_terms(maps)
         if maps.device.type == "cpu" and not bool(torch.isfinite(maps.sum(-1) + entropy).all()):
             raise ValueError(f"attention: expected finite values, found NaN or infinity in image {image}")
-        cross = anchor @ log.T + anchor_log @ clamped.T
+        cross = torch.addmm(anchor @ log.T, anchor_log, clamped.T)
         near = (anchor_entropy[:, None] + entropy - cross) / 2 < threshold
         near |= index[:, None] == torch.arange(start, start + len(maps), device=index.device)  # matches itself
-        total += near.to(compute) @ maps
+        total.addmm_(near.to(compute), maps)
         count += near.sum(-1, keepdim=True)
     return total / count
 
@@ -291,23 +319,27 @@ def _cluster_means(points: Tensor, labels: Tensor, clusters: int) -> tuple[Tenso
 
 def label(maps: Tensor, counts: Tensor, grid: Grid, size: Grid) -> Tensor:
     """The winning proposal of each pixel, int32 [B, H, W]; ties go to the lowest index."""
-    batch_size, length, _ = maps.shape
+    length = maps.shape[1]
     if maps.device.type == "cpu":
         length = int(counts.max())  # costs no wait here, and the padding is most of the list
     compute = _compute_dtype(maps.dtype)
-    best = torch.full((batch_size, *size), -torch.inf, dtype=compute, device=maps.device)
-    winner = torch.zeros((batch_size, *size), dtype=torch.int32, device=maps.device)
-    for start in range(0, length, _PROPOSALS_AT_ONCE):
+    lowest = torch.finfo(compute).min / 2  # padding: whatever interpolation rounds, it stays finite and loses
+
+    def winner_from(start: int) -> tuple[Tensor, Tensor]:
         some = maps[:, start : min(start + _PROPOSALS_AT_ONCE, length)].to(compute)
+        listed = torch.arange(start, start + some.shape[1], device=maps.device) < counts[:, None]
+        some = some.masked_fill(~listed[:, :, None], lowest)
         # Each is an image of its own: torch may round channels differently, and equal maps would not tie.
         upsampled = F.interpolate(some.reshape(-1, 1, *grid), size, mode="bilinear", align_corners=False)
-        upsampled = upsampled.view(*some.shape[:2], *size)
-        listed = torch.arange(start, start + some.shape[1], device=maps.device) < counts[:, None]
-        value, index = upsampled.masked_fill_(~listed[:, :, None, None], -torch.inf).max(1)
+        best, index = upsampled.view(*some.shape[:2], *size).max(1)
+        return best, index + start
+
+    best, winner = winner_from(0)
+    for start in range(_PROPOSALS_AT_ONCE, length, _PROPOSALS_AT_ONCE):
+        value, index = winner_from(start)
         better = value > best
-        best = torch.where(better, value, best)
-        winner = torch.where(better, (index + start).to(torch.int32), winner)
-    return winner
+        best, winner = torch.where(better, value, best), torch.where(better, index, winner)
+    return winner.to(torch.int32)
 
 
 def renumber(labels: Tensor, length: int) -> Tensor:

@@ -132,6 +132,33 @@ class TestAggregate:
         assert (found.double().sum(-1) - 1).abs().max() < 1e-5
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-9)
 
+    @pytest.mark.parametrize("entries", [1, 700])
+    @pytest.mark.parametrize("grids", [DIVISIBLE, INDIVISIBLE], ids=["divisible", "indivisible"])
+    def test_rows_in_blocks(
+        self, layers: Callable[..., Any], grids: list[tuple[int, int]], entries: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scene = layers(grids, batch=2, heads=2)
+        maps = scene.maps()
+        rows = [
+            (query @ key.mT * query.shape[-1] ** -0.5).logsumexp(-1)
+            for query, key in zip(scene.queries, scene.keys, strict=True)
+        ]
+        options: dict[str, Any] = {"grids": grids, "dtype": torch.float64, "backend": "reference"}
+
+        def found() -> Tensor:
+            given = diffseg.aggregate(scene.queries, scene.keys, logsumexps=rows, **options)
+            return torch.stack(
+                [
+                    diffseg.aggregate(scene.queries, scene.keys, **options),
+                    given,
+                    diffseg.aggregate_maps(maps, **options),
+                ]
+            )
+
+        whole = found()
+        monkeypatch.setattr(reference, "_ENTRIES_AT_ONCE", entries)
+        torch.testing.assert_close(found(), whole, rtol=1e-12, atol=0)
+
     def test_bfloat16_storage(self, layers: Callable[..., Any]) -> None:
         scene = layers([(16, 16), (8, 8)], dtype=torch.float32)
         stored = diffseg.aggregate(scene.queries, scene.keys, dtype=torch.bfloat16, backend="reference")
@@ -379,7 +406,7 @@ class TestMerge:
     def test_rows_in_blocks(self, attention: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
         maps = attention((9, 7))
         whole = reference_merge(maps, grid=(9, 7), anchors=4, threshold=0.5)
-        monkeypatch.setattr(reference, "_ROWS_AT_ONCE", 10)
+        monkeypatch.setattr(reference, "_ENTRIES_AT_ONCE", 10 * 63)
         blocks = reference_merge(maps, grid=(9, 7), anchors=4, threshold=0.5)
         assert torch.equal(whole.counts, blocks.counts)
         torch.testing.assert_close(whole.maps, blocks.maps, rtol=1e-12, atol=0)
