@@ -94,21 +94,18 @@ def _aggregate(
     ``layer_maps`` gives M_k of a layer and an image, some rows at a time. Upsampling is linear: maps are divided by the
     sums that they will have, and those of one grid are added up, before they are upsampled.
     """
+    shares = {small: _shares_of_cells(small, grid, compute, out.device) for small in dict.fromkeys(grids)}
     for item in range(len(out)):
         total = out[item] if out.dtype == compute else torch.empty_like(out[item], dtype=compute)
         sums = {grid: total.zero_()}
-        for layer, ((rows, columns), ratio) in enumerate(zip(grids, ratios, strict=True)):
-            cells = rows * columns
-            if (rows, columns) not in sums:
-                sums[rows, columns] = total.new_zeros(cells, cells)
-            down = _interpolation(rows, grid[0], out.device, compute).sum(0)
-            across = _interpolation(columns, grid[1], out.device, compute).sum(0)
-            weights = torch.outer(down, across).flatten()  # of a cell, in the sum of the upsampled map
+        for layer, (small, ratio) in enumerate(zip(grids, ratios, strict=True)):
+            if small not in sums:
+                sums[small] = total.new_zeros(len(shares[small]), len(shares[small]))
             start = 0
             for averaged in layer_maps(layer, item, compute):
-                mass = averaged @ weights
+                mass = averaged @ shares[small]
                 _check_finite(layer, mass)
-                some = sums[rows, columns][start : start + len(averaged)]
+                some = sums[small][start : start + len(averaged)]
                 some.addcmul_(averaged, (ratio / mass.clamp_min(SMALLEST_PROBABILITY))[:, None])
                 start += len(averaged)
         for small, maps in sums.items():
@@ -116,6 +113,18 @@ def _aggregate(
                 _add_upsampled(maps, small, grid, total)
         if out.dtype != compute:
             out[item] = total
+
+
+def _shares_of_cells(small: Grid, grid: Grid, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """How much each cell of a map over ``small`` adds to the sum of the map upsampled to ``grid``, [n]."""
+    if grid[0] % small[0] == 0 and grid[1] % small[1] == 0:  # all as much, edges too
+        return torch.full(
+            (small[0] * small[1],), grid[0] // small[0] * (grid[1] // small[1]), dtype=dtype, device=device
+        )
+    down, across = (
+        _interpolation(cells, upsampled, device, dtype).sum(0) for cells, upsampled in zip(small, grid, strict=True)
+    )
+    return torch.outer(down, across).flatten()
 
 
 def _add_upsampled(maps: Tensor, small: Grid, grid: Grid, total: Tensor) -> None:
