@@ -276,8 +276,9 @@ class Suite:
             )  # fmt: skip
 
         def eagerly(given: Any, walk: str) -> Any:
-            attention = case.aggregate(given, backend="reference")
-            proposals = peers.eager_merge(attention, row.grid, anchors, thresholds, "paper", walk)
+            with memory.attention_memory(given[0][0], row.grid) as out:  # kept for the next call, as segment's is
+                attention = case.aggregate(given, backend="reference", out=out)
+                proposals = peers.eager_merge(attention, row.grid, anchors, thresholds, "paper", walk)
             return peers.eager_labels(proposals, case.size)
 
         expected = cache(lambda: eagerly((case.queries, case.keys, case.logsumexps), "host"))
