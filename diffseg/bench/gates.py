@@ -45,12 +45,16 @@ def _made_when_asked(make: Callable[P, Gate]) -> Callable[P, Gate]:
 
 @_made_when_asked
 def attention_gate(case: Case, maps: Sequence[Tensor] | None = None) -> Gate:
-    """Checks A_f: every row sums to 1, and some rows, drawn anew each time, equal the oracle's."""
+    """Checks A_f: every row sums to 1 and equals the reference's, and some rows, drawn anew, equal the oracle's."""
     ratios = ops.resolve_weights(case.weights, case.grids)
     cells = math.prod(case.grid)
     items = _items(case.batch)
     rows = torch.randperm(cells)[:_ROWS].sort().values
     expected = [_oracle_rows(case, maps, ratios, item, rows) for item in items]
+    if maps is None:
+        whole = case.aggregate((case.queries, case.keys, case.logsumexps), backend="reference")[items]
+    else:
+        whole = case.aggregate_maps(maps, backend="reference")[items]
 
     def gate(found: Tensor) -> None:
         if found.shape != (case.batch, cells, cells):
@@ -63,6 +67,9 @@ def attention_gate(case: Case, maps: Sequence[Tensor] | None = None) -> Gate:
             worst = float((error - ENTRY * exact.abs()).max())
             if not worst < ENTRY_FLOOR:
                 raise GateError(f"image {item}: an entry of A_f is {worst:.2g} beyond {ENTRY} of the oracle's")
+        for item, reference_rows in zip(items, whole, strict=True):
+            if not torch.allclose(found[item], reference_rows, rtol=2 * ENTRY, atol=2 * ENTRY_FLOOR):  # both may be off
+                raise GateError(f"image {item}: an entry of A_f is more than {2 * ENTRY} off the reference's")
 
     return gate
 
