@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from diffseg.bench import command
+from diffseg.bench import ceilings, command
 from diffseg.bench.rows import rows_of
 from diffseg.bench.suite import Suite
 from diffseg.loading import UsageError
@@ -22,6 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def suite(pytestconfig: pytest.Config) -> Iterator[Suite]:
     with Suite(command.parse(pytestconfig.getoption("rows"))) as made:
         yield made
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["diffseg"] = ceilings.machine(command.parse(config.getoption("rows")).device)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -7,6 +7,7 @@ pytest-benchmark's histograms, storage and comparison of runs.
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from diffseg.bench import run
 from diffseg.bench.cases import Unavailable
 from diffseg.bench.rows import Plan, Row
 from diffseg.bench.suite import Suite
-from diffseg.bench.timing import Timer
+from diffseg.bench.timing import SHORTEST_SAMPLE, Timer
 
 ROUNDS = 5
 MOST_CONTENDERS = 8  # of a row: tests are made before a row's contenders are known
@@ -41,15 +42,22 @@ def test_row(benchmark: Any, suite: Suite, row: Row, plan: Plan, position: int) 
     if contender.elsewhere or contender.minus is not None:
         pytest.skip("timed by diffseg bench only")
     with torch.no_grad():
-        timed = run.checked(contender, plan.inputs[0], Timer(suite.device, 0.0))
+        timer = Timer(suite.device, 0.0)
+        timed = run.checked(contender, plan.inputs[0], timer)
+        timer.size_up([timed], plan.inputs)
         benchmark.group = str(row)
         benchmark.name = contender.name
-        benchmark.extra_info.update(role=contender.role, checked=contender.check is not None, first=timed.cold)
+        benchmark.fullname = f"{row}: {contender.name}"  # by which runs are compared: positions differ by machine
+        benchmark.extra_info.update(
+            role=contender.role, checked=contender.check is not None, first_seconds=timed.cold,
+            memory_bytes=timed.memory,
+        )  # fmt: skip
         inputs = itertools.cycle(plan.inputs)
 
-        def call(given: Any) -> None:
-            contender.run(given)
+        def call() -> None:
+            contender.run(next(inputs))
             if suite.device.type == "cuda":
                 torch.cuda.synchronize(suite.device)
 
-        benchmark.pedantic(call, setup=lambda: ((next(inputs),), {}), rounds=ROUNDS, warmup_rounds=1)
+        calls = max(1, math.ceil(SHORTEST_SAMPLE / max(timed.seconds, 1e-7)))
+        benchmark.pedantic(call, rounds=ROUNDS, iterations=calls, warmup_rounds=1)

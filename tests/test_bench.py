@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import diffseg
-from diffseg import backends, cli
+from diffseg import backends, cli, memory
 from diffseg.backends import OPS
 from diffseg.bench import cases, ceilings, command, gates, networks, passes, peers, plot, report, run, suite, timing
 from diffseg.bench.cases import Unavailable
@@ -532,6 +532,11 @@ class TestGates:
             gate(good.roll(1, -1))
         with pytest.raises(gates.GateError, match="expected A_f"):
             gate(good[:, :16])
+        for row in range(0, 256, 51):  # most of them not among the rows drawn
+            wrong = good.clone()
+            wrong[0, row] = wrong[0, row].roll(1)
+            with pytest.raises(gates.GateError, match="an entry of A_f is"):
+                gate(wrong)
 
     def test_its_oracle_is_the_reference(self) -> None:
         case = thin(batch=2)
@@ -814,6 +819,31 @@ def test_the_pytest_entry_lists_the_same_rows() -> None:
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert "benchmarks/test_rows.py::test_row[label noise 128x128 B=1-0]" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_pytest_entry_names_contenders_and_the_machine(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider",
+         "--rows", "call", "-k", "merge", "--benchmark-json", str(path)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(path.read_text())
+    assert found["machine_info"]["diffseg"]["torch"] == torch.__version__
+    by_name = {each["fullname"]: each for each in found["benchmarks"]}
+    eager = by_name["call merge 32x32 B=1: eager"]
+    assert eager["extra_info"]["role"] == "baseline"
+    assert by_name["call merge 32x32 B=1: one torch.add"]["stats"]["iterations"] > eager["stats"]["iterations"] > 1
+
+
+def test_eager_segment_keeps_the_memory_of_its_map_too() -> None:
+    with Suite(Settings()) as made:
+        plan = made.plan(Row("segment", "thin", (128, 128)))
+    memory.release()
+    next(each for each in plan.contenders if each.role == "baseline").run(plan.inputs[0])
+    assert [len(each) for each in memory._kept] == [256 * 256]
+    memory.release()
 
 
 def test_unavailable_rows_are_skipped(timer: Timer) -> None:
