@@ -24,13 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffseg.reference import SMALLEST_PROBABILITY
+from diffseg.reference import SMALLEST_PROBABILITY, Grid
 
 from .launch import OTHER, Config, choose, integers_on_device, launch
 from .products import common_unit, product_constants, tile_scores
 from .sampling import taps
-
-Grid = tuple[int, int]
 
 _TILES = {  # of A_f
     "interpreter": Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=1, num_stages=1),

@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from diffseg import ops
+from diffseg.reference import Grid
 
 from . import aggregate, cross, label, launch, merge
-
-Grid = tuple[int, int]
 
 
 class Target(NamedTuple):
@@ -36,6 +36,10 @@ class Target(NamedTuple):
     gpu: GPUTarget
     generation: str
     shared_limit: int  # bytes a program may use
+
+    def recording(self) -> AbstractContextManager[list[launch.Launch]]:
+        """Lists the launches inside, with the configurations of this GPU."""
+        return launch.recording(self.generation, hip=self.gpu.backend == "hip")
 
 
 TARGETS = {
@@ -52,6 +56,18 @@ class Network(NamedTuple):
 
     layers: tuple[tuple[int, Grid, int, int], ...]
     size: Grid
+
+    def grids(self) -> list[Grid]:
+        """Of each layer."""
+        return [grid for number, grid, _, _ in self.layers for _ in range(number)]
+
+    def projections(self, dtype: torch.dtype, tokens: int | None = None) -> list[Tensor]:
+        """[1, heads, n, d] of each layer, heads beside each other in a row of channels; n: its cells, or ``tokens``."""
+        return [
+            torch.empty(1, tokens or grid[0] * grid[1], heads, width, dtype=dtype, device="meta").transpose(1, 2)
+            for number, grid, heads, width in self.layers
+            for _ in range(number)
+        ]
 
 
 NETWORKS = {
@@ -89,18 +105,13 @@ def record(
     network: Network, dtype: torch.dtype, logsumexps: bool, target: Target, *, anchors: int = 16
 ) -> list[launch.Launch]:
     """The launches of the whole stage, queries and keys to labels, on one image."""
-    queries: list[Tensor] = []
-    grids: list[Grid] = []
-    for number, grid, heads, width in network.layers:
-        for _ in range(number):  # the layout of projections: heads beside each other in a row
-            queries.append(torch.empty(1, grid[0] * grid[1], heads, width, dtype=dtype, device="meta").transpose(1, 2))
-            grids.append(grid)
+    queries, grids = network.projections(dtype), network.grids()
     rows = [torch.empty(query.shape[:3], device="meta") for query in queries] if logsumexps else None
     scales = [query.shape[3] ** -0.5 for query in queries]
     output = ops.output_grid(grids)
     positions = ops.anchor_indices(output, anchors)
     attention = _attention(output)
-    with launch.recording(target.generation, hip=target.gpu.backend == "hip") as launches:
+    with target.recording() as launches:
         aggregate.aggregate(queries, queries, grids, scales, rows, [1 / len(grids)] * len(grids), output, attention)
         maps, counts = merge.merge(attention, output, positions, [1.0, 1.0], "paper")
         label.renumber(label.label(maps, counts, output, network.size), len(positions))
@@ -109,7 +120,7 @@ def record(
 
 def record_maps(network: Network, dtype: torch.dtype, target: Target) -> list[launch.Launch]:
     """The launches of ``aggregate_maps`` on one image, with and without a layer on the output grid."""
-    grids = [grid for number, grid, _, _ in network.layers for _ in range(number)]
+    grids = network.grids()
     maps = [
         torch.empty(1, heads, grid[0] * grid[1], grid[0] * grid[1], dtype=dtype, device="meta")
         for number, grid, heads, _ in network.layers
@@ -117,7 +128,7 @@ def record_maps(network: Network, dtype: torch.dtype, target: Target) -> list[la
     ]
     output = ops.output_grid(grids)
     low = [layer for layer, grid in enumerate(grids) if grid != output]
-    with launch.recording(target.generation, hip=target.gpu.backend == "hip") as launches:
+    with target.recording() as launches:
         for layers in (range(len(grids)), low):
             aggregate.aggregate_maps(
                 [maps[layer] for layer in layers], [grids[layer] for layer in layers], [1 / len(layers)] * len(layers),
@@ -133,19 +144,12 @@ def _attention(grid: Grid) -> Tensor:
 
 def record_cross(network: Network, dtype: torch.dtype, target: Target) -> list[launch.Launch]:
     """The launches that name the masks of one image: ``aggregate_cross`` of five words, and ``score_masks``."""
-    queries: list[Tensor] = []
-    keys: list[Tensor] = []
-    grids: list[Grid] = []
-    for number, grid, heads, width in network.layers:
-        for tensors, length in ((queries, grid[0] * grid[1]), (keys, _TOKENS)):
-            layer = torch.empty(1, length, heads, width, dtype=dtype, device="meta").transpose(1, 2)
-            tensors += [layer] * number
-        grids += [grid] * number
+    queries, keys = network.projections(dtype), network.projections(dtype, _TOKENS)
     shares = torch.empty(1, 5, _TOKENS, device="meta")
     labels = torch.empty(1, *network.size, dtype=torch.int32, device="meta")
     scales = [query.shape[3] ** -0.5 for query in queries]
-    with launch.recording(target.generation, hip=target.gpu.backend == "hip") as launches:
-        maps = cross.aggregate_cross(queries, keys, grids, scales, shares, network.size)
+    with target.recording() as launches:
+        maps = cross.aggregate_cross(queries, keys, network.grids(), scales, shares, network.size)
         cross.score_masks(maps, labels, 256)
     return launches
 

@@ -16,13 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffseg.reference import SMALLEST_NORM
+from diffseg.reference import SMALLEST_NORM, Grid
 
 from .launch import OTHER, Config, choose, dot, exact_precision, integers_on_device, launch
 from .products import common_unit, product_constants, tile_scores
 from .sampling import taps
-
-Grid = tuple[int, int]
 
 _ROWS = {
     "interpreter": Config({"BLOCK_M": 16}, num_warps=1, num_stages=1),

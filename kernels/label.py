@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffseg.reference import Grid
+
 from .launch import OTHER, Config, choose, launch
 from .sampling import taps
 
@@ -25,7 +27,7 @@ _STRIPS = {
 _WHOLE = Config({}, num_warps=4, num_stages=1)
 
 
-def label(maps: Tensor, counts: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def label(maps: Tensor, counts: Tensor, grid: Grid, size: Grid) -> Tensor:
     """The winning proposal of each pixel, int32 [B, H, W]; as :func:`diffseg.reference.label`."""
     batch_size, counts = maps.shape[0], counts.contiguous()
     winner = torch.empty(batch_size, *size, dtype=torch.int32, device=maps.device)

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from diffseg.reference import SMALLEST_PROBABILITY
+from diffseg.reference import SMALLEST_PROBABILITY, Grid
 
 from .launch import OTHER, Config, choose, dot, has_fast_log, integers_on_device, launch
 
@@ -55,7 +55,7 @@ _PROGRAMS = 128  # tiles times parts of the sum over cells: the products of a sh
 
 
 def merge(
-    attention: Tensor, grid: tuple[int, int], anchors: Sequence[int], thresholds: Sequence[float], rule: str
+    attention: Tensor, grid: Grid, anchors: Sequence[int], thresholds: Sequence[float], rule: str
 ) -> tuple[Tensor, Tensor]:
     """Proposals ``(maps [B, P, N] float32, counts [B] int32)``; as :func:`diffseg.reference.merge`."""
     batch_size, _, _ = attention.shape
@@ -67,7 +67,7 @@ def merge(
     return maps, counts
 
 
-def _first_round(attention: Tensor, grid: tuple[int, int], anchors: tuple[int, ...], threshold: float) -> Tensor:
+def _first_round(attention: Tensor, grid: Grid, anchors: tuple[int, ...], threshold: float) -> Tensor:
     positions = _positions(grid, anchors, attention.device)
     near = _near(attention, attention, positions, None, threshold)
     return _means(attention, near, None, None, None)
@@ -79,7 +79,7 @@ def _later_round(maps: Tensor, counts: Tensor, threshold: float, rule: str) -> t
     return _means(maps, near, heads, owners if rule == "paper" else None, merged), merged
 
 
-def _positions(grid: tuple[int, int], anchors: tuple[int, ...], device: torch.device) -> Tensor:
+def _positions(grid: Grid, anchors: tuple[int, ...], device: torch.device) -> Tensor:
     """Flat cells of the anchors, int64 [P]; evenly spaced ones are computed on the device."""
     height, width = grid
     side = isqrt(len(anchors))
