@@ -34,7 +34,7 @@ from .checks import (
 )
 from .library import ops as operators
 from .memory import in_parts, of_images
-from .reference import Grid
+from .reference import Grid, evenly_spaced
 
 Rule = Literal["paper", "official"]
 Weights = str | Sequence[float]
@@ -394,16 +394,13 @@ def output_grid(grids: Sequence[Grid]) -> Grid:
 
 
 def anchor_indices(grid: Grid, anchors: int | Sequence[int]) -> tuple[int, ...]:
-    """Flat indices of M x M evenly spaced cells (rows ((2i + 1) h - M) // (2M), columns alike), or those given."""
-    height, width = grid
+    """Flat indices of M x M evenly spaced cells, or those given."""
     given: Any = plain(anchors)
     if isinstance(given, Integral) and not isinstance(given, bool):
         side = int(given)
         if not 1 <= side <= min(grid):
             raise ValueError(f"anchors: expected 1 to {min(grid)} anchors a side on a grid of {grid}, got {side}")
-        rows = [((2 * i + 1) * height - side) // (2 * side) for i in range(side)]
-        columns = [((2 * i + 1) * width - side) // (2 * side) for i in range(side)]
-        return tuple(row * width + column for row in rows for column in columns)
+        return evenly_spaced(grid, side)
     if isinstance(given, (str, bytes, bool)) or not hasattr(given, "__iter__"):
         raise TypeError(f"anchors: expected an int or a sequence of flat indices, got {describe(anchors)}")
     positions = list(given)
@@ -415,8 +412,8 @@ def anchor_indices(grid: Grid, anchors: int | Sequence[int]) -> tuple[int, ...]:
                 raise TypeError(f"anchors: expected ints, got {describe(position)}")
         positions = [int(position) for position in positions]
     for position in (min(positions), max(positions)):
-        if not 0 <= position < height * width:
-            raise ValueError(f"anchors: expected indices from 0 to {height * width - 1}, got {position}")
+        if not 0 <= position < math.prod(grid):
+            raise ValueError(f"anchors: expected indices from 0 to {math.prod(grid) - 1}, got {position}")
     return tuple(positions)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from math import isqrt
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -205,19 +205,22 @@ def merge(
     return maps, counts
 
 
+def evenly_spaced(grid: Grid, side: int) -> tuple[int, ...]:
+    """Flat cells of side x side anchors: rows ((2i + 1) h - side) // (2 side), columns alike."""
+    height, width = grid
+    rows = [((2 * i + 1) * height - side) // (2 * side) for i in range(side)]
+    columns = [((2 * i + 1) * width - side) // (2 * side) for i in range(side)]
+    return tuple(row * width + column for row in rows for column in columns)
+
+
 def _positions(grid: Grid, anchors: Sequence[int], device: torch.device) -> Tensor:
     """Flat cells of the anchors, int64 [P]; evenly spaced ones are computed on the device: a copy would wait for it."""
     side = isqrt(len(anchors))
-
-    def even(length: int, steps: Any) -> Any:
-        return (steps * length - side) // (2 * side)
-
-    height, width = grid
-    odd = range(1, 2 * side, 2)
-    if tuple(anchors) != tuple(even(height, row) * width + even(width, column) for row in odd for column in odd):
+    if tuple(anchors) != evenly_spaced(grid, side):
         return torch.tensor(anchors, device=device)
-    steps = torch.arange(1, 2 * side, 2, device=device)
-    return (even(height, steps)[:, None] * width + even(width, steps)).flatten()
+    odd = torch.arange(1, 2 * side, 2, device=device)
+    rows, columns = ((odd * length - side) // (2 * side) for length in grid)
+    return (rows[:, None] * grid[1] + columns).flatten()
 
 
 def _first_round(attention: Tensor, index: Tensor, threshold: float, image: int = 0) -> Tensor:

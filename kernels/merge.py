@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from diffseg.reference import SMALLEST_PROBABILITY, Grid
+from diffseg.reference import SMALLEST_PROBABILITY, Grid, evenly_spaced
 
 from .launch import OTHER, Config, choose, dot, has_fast_log, integers_on_device, launch
 
@@ -81,16 +81,13 @@ def _later_round(maps: Tensor, counts: Tensor, threshold: float, rule: str) -> t
 
 def _positions(grid: Grid, anchors: tuple[int, ...], device: torch.device) -> Tensor:
     """Flat cells of the anchors, int64 [P]; evenly spaced ones are computed on the device."""
-    height, width = grid
     side = isqrt(len(anchors))
-    rows = [((2 * i + 1) * height - side) // (2 * side) for i in range(side)]
-    columns = [((2 * i + 1) * width - side) // (2 * side) for i in range(side)]
-    if anchors != tuple(row * width + column for row in rows for column in columns):
+    if anchors != evenly_spaced(grid, side):
         return integers_on_device(anchors, device)
     positions = torch.empty(len(anchors), dtype=torch.int64, device=device)
     launch(
         _even_positions_kernel, (1,), Config({}, num_warps=4, num_stages=1), device,
-        positions=positions, side=side, height=height, width=width, BLOCK=triton.next_power_of_2(len(anchors)),
+        positions=positions, side=side, height=grid[0], width=grid[1], BLOCK=triton.next_power_of_2(len(anchors)),
     )  # fmt: skip
     return positions
 
