@@ -333,10 +333,10 @@ class DiffSeg:
 
 def _divergence(x: Tensor, y: Tensor) -> Tensor:
     """Symmetric KL of maps [..., N] in float64; the cross terms are matrix products, so that nothing is broadcast."""
-    x, y = (maps.double().clamp_min(reference.SMALLEST_PROBABILITY) for maps in (x, y))
-    log_x, log_y = (x * x.shape[-1]).log(), (y * y.shape[-1]).log()
+    x, log_x, entropy_x = reference.log_terms(x.double())
+    y, log_y, entropy_y = reference.log_terms(y.double())
     cross = torch.einsum("...n,...n->...", x, log_y) + torch.einsum("...n,...n->...", log_x, y)
-    return ((((x * log_x).sum(-1) + (y * log_y).sum(-1)) - cross) / 2).clamp_min(0)
+    return ((entropy_x + entropy_y - cross) / 2).clamp_min(0)
 
 
 def _upsample(maps: Tensor) -> Tensor:

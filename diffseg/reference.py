@@ -226,13 +226,13 @@ def _positions(grid: Grid, anchors: Sequence[int], device: torch.device) -> Tens
 def _first_round(attention: Tensor, index: Tensor, threshold: float, image: int = 0) -> Tensor:
     """For each anchor the mean of all maps within ``threshold`` of it: [N, N], cells [P] -> [P, N]."""
     compute = _compute_dtype(attention.dtype)
-    anchor, anchor_log, anchor_entropy = _log_terms(attention[index].to(compute))
+    anchor, anchor_log, anchor_entropy = log_terms(attention[index].to(compute))
     total = torch.zeros_like(anchor)
     count = anchor.new_zeros(len(index), 1)
     step = _at_once(attention.shape[1], attention.device)
     for start in range(0, len(attention), step):
         maps = attention[start : start + step].to(compute)
-        clamped, log, entropy = _log_terms(maps)
+        clamped, log, entropy = log_terms(maps)
         if maps.device.type == "cpu" and not bool(torch.isfinite(maps.sum(-1) + entropy).all()):
             raise ValueError(f"attention: expected finite values, found NaN or infinity in image {image}")
         cross = torch.addmm(anchor @ log.T, anchor_log, clamped.T)
@@ -246,7 +246,7 @@ def _first_round(attention: Tensor, index: Tensor, threshold: float, image: int 
 def later_round(maps: Tensor, counts: Tensor, threshold: float, rule: str, walk: str) -> tuple[Tensor, Tensor]:
     """Merges the lists greedily: [B, P, N], [B] -> the same shapes, with counts no larger."""
     length = maps.shape[1]
-    clamped, log, entropy = _log_terms(maps)
+    clamped, log, entropy = log_terms(maps)
     cross = clamped @ log.mT
     near = (entropy[:, :, None] + entropy[:, None] - cross - cross.mT) / 2 < threshold
     near |= torch.eye(length, dtype=torch.bool, device=maps.device)
@@ -287,7 +287,7 @@ def walk_on_host(near: Tensor, rule: str) -> Tensor:
     return groups.to(near.device)
 
 
-def _log_terms(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def log_terms(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """p', log(p' N) and sum p' log(p' N) over the last axis; the factor N keeps the logarithms near 0 and drops out."""
     clamped = maps.clamp_min(SMALLEST_PROBABILITY)
     log = (clamped * maps.shape[-1]).log_()

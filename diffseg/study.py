@@ -228,8 +228,7 @@ def head_divergence(query: Tensor, key: Tensor, scale: float) -> float:
         return float("nan")
     total = 0.0
     for rows in query.split(_ROWS_AT_ONCE, dim=1):
-        maps = (rows.float() @ key.float().mT * scale).softmax(-1).clamp_min(reference.SMALLEST_PROBABILITY)
-        logs = (maps * cells).log()  # near 0, which keeps rounding error small
+        maps, logs, _ = reference.log_terms((rows.float() @ key.float().mT * scale).softmax(-1))
         cross = torch.einsum("hrn,grn->hg", maps, logs).double()
         own = cross.diagonal()
         divergences = (own[:, None] + own[None] - cross - cross.mT) / 2
