@@ -14,8 +14,7 @@ from unittest.mock import Mock
 import accelerate
 import pytest
 import torch
-import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import (
     Attention,
@@ -32,9 +31,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffseg
-from diffseg import AttentionRecord, capture, record_attention
+from diffseg import AttentionRecord, capture, record_attention, sdpa
 from diffseg.capture import record_pass
-from diffseg.testing import tiny_pipeline, tiny_unet, unet_inputs
+from diffseg.testing import tiny_unet, unet_inputs
 
 ONE_LAYER = {
     "down_block_types": ("DownBlock2D",),
@@ -149,14 +148,6 @@ def test_record_is_what_the_model_attends_to(layout: str, size: tuple[int, int],
         assert query.shape[2] == height * width
         torch.testing.assert_close(found.flatten(0, 1).float(), probabilities, rtol=1e-3, atol=1e-6)
     assert_logsumexps(record, 2e-5)
-
-
-def test_maps_of_the_tiny_checkpoints_are_neither_flat_nor_one_hot() -> None:
-    unet = shared_unet("sd1")
-    record, _ = recorded(unet, unet_inputs(unet))
-    peaks = record_maps(record)[0].amax(-1)
-    assert peaks.median() > 4 / 256
-    assert peaks.median() < 0.9
 
 
 def test_record_is_argument_of_segment() -> None:
@@ -733,51 +724,14 @@ def test_unfused_attention_has_no_logsumexps() -> None:
 
 
 def test_one_missing_logsumexp_drops_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = capture._fused_operator
+    choose = sdpa._fused_operator
     monkeypatch.setattr(
-        capture, "_fused_operator", lambda query, *args: None if query.shape[2] == 4 else choose(query, *args)
+        sdpa, "_fused_operator", lambda query, *args: None if query.shape[2] == 4 else choose(query, *args)
     )
     unet = shared_unet("sd2")
     record, _ = recorded(unet, unet_inputs(unet, 1, 8, 8))
     assert record.logsumexps is None
     assert len(record.queries) == 16
-
-
-@pytest.mark.parametrize("scale", [None, 0.3])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_logsumexp_comes_with_the_same_output(dtype: torch.dtype, scale: float | None) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for n, d in ((64, 8), (60, 5), (1, 16), (521, 40)):
-        query, key, value = (
-            torch.randn(2, n, 3, d, generator=generator).to(dtype).transpose(1, 2) * 1.5 for _ in range(3)
-        )
-        output, logsumexp = capture.scaled_dot_product_attention(query, key, value, scale)
-        expected = F.scaled_dot_product_attention(query, key, value, scale=scale)
-        assert torch.equal(output, expected)
-        assert output.stride() == expected.stride()
-        scores = query.double() @ key.double().mT * (d**-0.5 if scale is None else scale)
-        assert logsumexp is not None
-        assert logsumexp.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}.get(dtype, 2e-4)
-        torch.testing.assert_close(logsumexp.double(), scores.logsumexp(-1), rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize(
-    ("signature", "usable"),
-    [
-        ("Tensor query, Tensor key, Tensor value, *, float? scale=None) -> (Tensor output, Tensor logsumexp)", True),
-        ("Tensor query, Tensor key, Tensor value, *, float? scale=None) -> (Tensor output, Tensor max)", False),
-        ("Tensor query, Tensor key, Tensor value) -> (Tensor output, Tensor logsumexp)", False),
-        ("Tensor query, Tensor value, Tensor key, float? scale=None) -> (Tensor output, Tensor log_sumexp)", False),
-        (
-            "Tensor query, Tensor key, Tensor value, int new, float? scale=None) -> (Tensor output, Tensor logsumexp)",
-            False,
-        ),
-    ],
-)
-def test_operators_with_another_signature_are_not_called(signature: str, usable: bool) -> None:
-    schema = torch._C.parse_schema(f"diffseg::attention({signature}")
-    assert capture._has_signature(schema, {"scale"}) is usable
 
 
 @pytest.mark.parametrize("step", [3, 4])
@@ -869,67 +823,6 @@ def test_no_self_attention() -> None:
             record_attention(unet, cross=cross),
         ):
             pass
-
-
-def test_tiny_unet_follows_from_its_seed_alone() -> None:
-    torch.manual_seed(5)
-    first = tiny_unet("sd2", seed=3).conv_in.weight
-    state = torch.get_rng_state()
-    again = tiny_unet("sd2", seed=3).conv_in.weight
-    assert torch.equal(first, again)
-    assert torch.equal(state, torch.get_rng_state())
-    assert not torch.equal(first, tiny_unet("sd2", seed=4).conv_in.weight)
-
-
-@pytest.mark.parametrize("layout", ["sd1", "sd2"])
-def test_tiny_pipeline_is_a_whole_checkpoint(layout: Any, tmp_path: Any) -> None:
-    assert tiny_pipeline(layout, tmp_path, dtype=torch.bfloat16) == tmp_path
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    for name, tensor in tiny_unet(layout, dtype=torch.bfloat16).state_dict().items():
-        assert torch.equal(pipeline.unet.state_dict()[name], tensor)
-    tokens = pipeline.tokenizer("cat", padding="max_length", return_tensors="pt").input_ids
-    assert tokens.shape == (1, 77)
-    assert pipeline.tokenizer.decode(tokens[0], skip_special_tokens=True) == "cat"
-    with record_attention(pipeline.unet) as record:
-        (image,) = pipeline("a cat", num_inference_steps=1, output_type="np").images
-    assert image.shape == (128, 128, 3)
-    assert record.grids[0] == (16, 16)
-    assert record.queries[0].shape[0] == 2  # classifier-free guidance
-
-
-@pytest.mark.parametrize("make", [tiny_unet, lambda layout: tiny_pipeline(layout, "unused")])
-def test_unknown_layout(make: Callable[[Any], Any]) -> None:
-    with pytest.raises(ValueError, match=r"layout: expected .*'sd2'.*, got 'sd3'"):
-        make("sd3")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    "backend",
-    [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, None],
-)
-def test_logsumexp_on_a_gpu(backend: SDPBackend | None, dtype: torch.dtype) -> None:
-    served = 0
-    generator = torch.Generator("cuda").manual_seed(0)
-    for n, d in ((4096, 40), (1024, 80), (256, 160), (60, 64), (49, 8)):
-        query, key, value = (
-            torch.randn(2, n, 8, d, generator=generator, device="cuda").to(dtype).transpose(1, 2) for _ in range(3)
-        )
-        with contextlib.nullcontext() if backend is None else sdpa_kernel([backend, SDPBackend.MATH]):
-            output, logsumexp = capture.scaled_dot_product_attention(query, key, value, None)
-            expected = F.scaled_dot_product_attention(query, key, value)
-        exact = backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-        atol = 0.0 if exact else 2**-7 if dtype == torch.bfloat16 else 2e-3  # two units of values up to 1
-        torch.testing.assert_close(output, expected, rtol=0, atol=atol)
-        if logsumexp is not None:
-            served += 1
-            scores = query.double() @ key.double().mT * d**-0.5
-            assert logsumexp.dtype == torch.float32
-            torch.testing.assert_close(logsumexp.double(), scores.logsumexp(-1), rtol=0, atol=1e-3)
-    if backend in (None, SDPBackend.EFFICIENT_ATTENTION) or (exact and dtype != torch.float32):
-        assert served == 5
 
 
 @pytest.mark.gpu
