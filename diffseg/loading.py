@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from .backends import BACKENDS
 
 if TYPE_CHECKING:
-    import torch
-
     from .pipeline import DiffSegPipeline
 
 STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4"
@@ -47,7 +47,6 @@ def load_pipeline(
     model: str | None, device: str | None, dtype: str | None, *, announce: bool = True
 ) -> DiffSegPipeline:
     """The pipeline of a checkpoint, or of the bundled model, without progress bars of its own."""
-    import torch
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
@@ -99,8 +98,6 @@ positive_int, positive_float = _positive(int), _positive(float)
 
 def find_device(name: str | None) -> torch.device:
     """The torch device of that name, or the default for None; UsageError where it can hold no tensor with values."""
-    import torch
-
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.zeros(1, device=name)
@@ -122,8 +119,6 @@ def check_checkpoint(option: str, name: str | None) -> None:
 
 def check_backend(name: str, device: torch.device) -> None:
     """Raises UsageError where a backend that is asked for by name cannot run on ``device``."""
-    import torch
-
     if name != "auto":
         try:
             BACKENDS[name].can_run("merge", device, torch.float32, raise_error=True)
@@ -157,8 +152,6 @@ def check_output(option: str, folder: Path) -> None:
 
 def _fastest_dtype(device: torch.device, model: str | None) -> str:
     """By measurement: on CPUs bfloat16 is faster at Stable Diffusion's shapes, and not in narrow models."""
-    import torch
-
     if device.type == "cuda":
         return "float16"
     native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

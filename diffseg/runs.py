@@ -16,6 +16,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from tqdm import tqdm
+
 from .datasets import Dataset, DatasetError, Sample
 from .loading import UsageError, check_output
 
@@ -32,7 +35,6 @@ _LONGEST_WAIT = timedelta(days=30)  # of a process for the slowest
 
 def processes(device: str | None) -> Any:
     """accelerate's state of this process and its peers: its index, their number, its device."""
-    import torch
     from accelerate import PartialState
 
     return PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=_LONGEST_WAIT)
@@ -183,8 +185,6 @@ def process_dataset(
     Raises:
         UsageError: naming the file, when a sample cannot be read; results so far are kept.
     """
-    from tqdm import tqdm
-
     done = finished(folder)
     pending = [index for index, item in enumerate(dataset.items) if item.name not in done]
     state.wait_for_everyone()  # all have read before any writes, so that all divide the same images
@@ -242,7 +242,5 @@ def _appending(path: Path) -> Iterator[Callable[[str, Result], None]]:
 
 def watched(items: Iterable[T], total: int, what: str) -> Iterable[T]:
     """``items`` with a progress bar that goes when it is full."""
-    from tqdm import tqdm
-
     bar: Iterable[T] = tqdm(items, total=total, desc=what, unit="file", leave=False)
     return bar

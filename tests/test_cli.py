@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import diffseg
-from diffseg import cli, native, semantics, testing
+from diffseg import cli, native, segment_command, semantics, testing
 from diffseg.bench import ceilings
 from diffseg.tiny import scenes
 
@@ -107,7 +107,7 @@ def test_a_terminal_shows_each_image(folder, capsys, monkeypatch):
 @pytest.mark.parametrize("given", ["in", "in/*"])
 def test_hidden_files_are_no_images(folder, given):
     Path("in/._scene0.png").write_text("what macOS leaves on other file systems")
-    files = cli._expand([given], Path("segments"))
+    files = segment_command._expand([given], Path("segments"))
     assert [path.name for path in files] == ["scene0.png", "scene1.png", "scene2.png"]
 
 
