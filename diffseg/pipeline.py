@@ -443,13 +443,8 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         Arguments as in :meth:`__call__`.
         """
         options = self.options(weights=weights, timestep=timestep, backend=backend)
-        pixels = self._one(image, processing_resolution)
-        with lock_of(self.unet):
-            clock = _StageClock(None)
-            record = self._record(self._encoded(pixels, clock), options, clock)
-            attention = _aggregated(record, options)
-            self.maybe_free_model_hooks()
-        return attention, record.output_grid
+        record = self._record_image(image, processing_resolution, options)
+        return _aggregated(record, options), record.output_grid
 
     @torch.no_grad()
     def record(
@@ -464,12 +459,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         Arguments as in :meth:`__call__`.
         """
         options = self.options(timestep=timestep, weights="proportional")  # all layers
-        pixels = self._one(image, processing_resolution)
-        with lock_of(self.unet):
-            clock = _StageClock(None)
-            record = self._record(self._encoded(pixels, clock), options, clock)
-            self.maybe_free_model_hooks()
-        return record
+        return self._record_image(image, processing_resolution, options)
 
     def options(
         self,
@@ -553,12 +543,16 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         upload(pictures, host, pixels)
         return pixels
 
-    def _one(self, image: Any, resolution: Any) -> Tensor:
-        """Pixels float32 [1, 3, h, w] in [0, 1] of one image on the device."""
+    def _record_image(self, image: Any, resolution: Any, options: Options) -> AttentionRecord:
+        """What the UNet leaves behind of one image."""
         picture = image_io.to_picture(image)
         size = self.processed_size((picture.shape[1], picture.shape[2]), resolution)
         self._check_memory(size)
-        return self._uploaded([picture], size)
+        clock = _StageClock(None)
+        with lock_of(self.unet):
+            record = self._record(self._encoded(self._uploaded([picture], size), clock), options, clock)
+            self.maybe_free_model_hooks()
+        return record
 
     def _proposals(
         self, latents: Tensor, options: Options, refine: bool, clock: "_StageClock", *, compiled: bool = False
