@@ -21,6 +21,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RULES = ("paper", "official")
 DIVISIBLE = [(6, 4), (3, 4), (6, 4), (3, 2)]
 INDIVISIBLE = [(5, 3), (5, 7), (2, 4), (5, 3)]
+NETWORKS = {  # (number, side of the grid, heads, channels a head) of the self-attention layers, and the image's side
+    "SD 1.4": (((5, 64, 8, 40), (5, 32, 8, 80), (5, 16, 8, 160), (1, 8, 8, 160)), 512),
+    "SD 2.1": (((5, 96, 5, 64), (5, 48, 10, 64), (5, 24, 20, 64), (1, 12, 20, 64)), 768),
+    "SDXL": (((10, 64, 10, 64), (60, 32, 20, 64)), 1024),
+}
 
 
 @cache
@@ -278,6 +283,16 @@ class MergeContract:
         found = self.check(strided, (5, 5), anchors=3, threshold=0.5)
         torch.testing.assert_close(found, diffseg.merge(maps, anchors=3, threshold=0.5, backend=self.backend))
 
+    def test_attention_in_bfloat16(self, attention: Callable[..., Tensor]) -> None:
+        self.check(attention((5, 6), dtype=torch.bfloat16), (5, 6), anchors=5, threshold=0.5)
+        self.check(attention((4, 6), dtype=torch.bfloat16), (4, 6), anchors=4, threshold=0.5)
+
+    def test_nan_reaches_the_proposals(self, attention: Callable[..., Tensor]) -> None:
+        maps = attention((12, 12), dtype=torch.float32)
+        maps[0, 130, 7] = torch.nan
+        found = diffseg.merge(maps, anchors=4, backend=self.backend)
+        assert found.maps[0, : int(found.counts), 7].isnan().all()
+
     def test_maps_of_one_cell_each_stay_apart(self) -> None:
         found = self.check(torch.eye(16)[None], (4, 4), anchors=4)
         assert found.counts.tolist() == [16]
@@ -290,7 +305,7 @@ class MergeContract:
 
 
 class LabelContract:
-    """The same of ``label``."""
+    """The same of ``label`` and of numbering."""
 
     backend: str
 
@@ -308,3 +323,24 @@ class LabelContract:
         maps = torch.stack([torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), torch.tensor([9.0, 9.0])])[None]
         proposals = Proposals(maps, torch.tensor([2], dtype=torch.int32), (1, 2))
         assert diffseg.label(proposals, (3, 3), backend=self.backend).eq(0).all()
+
+    @pytest.mark.parametrize(("length", "size"), [(1, (3, 3)), (33, (9, 11)), (256, (64, 70)), (1024, (40, 60))])
+    def test_numbering_equals_the_reference(self, length: int, size: tuple[int, int]) -> None:
+        assert_numbered_as_the_reference(self.backend, length, size)
+
+
+class SegmentContract:
+    """The same of ``segment``."""
+
+    backend: str
+
+    @pytest.mark.parametrize("rule", RULES)
+    def test_agrees_with_the_reference(self, layers: Callable[..., Any], rule: Any) -> None:
+        scene = layers([(6, 8), (3, 4), (2, 2)], batch=2, dtype=torch.float32)
+        options = {"grids": scene.grids, "anchors": 4, "threshold": 0.3, "rule": rule}
+        found = diffseg.segment(scene.queries, scene.keys, (24, 32), backend=self.backend, **options)
+        expected = diffseg.segment(
+            as_double(scene.queries), as_double(scene.keys), (24, 32), backend="reference", **options
+        )
+        assert expected.max() > 1
+        assert (found == expected).float().mean() >= 0.999

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from contract import (
+    NETWORKS,
     assert_layers_without_a_share_are_not_read,
     assert_numbered_as_the_reference,
     skip_unless_it_runs,
@@ -20,12 +21,6 @@ from diffseg.backends import BACKENDS
 from diffseg.bench import gates
 
 pytestmark = pytest.mark.gpu
-
-NETWORKS = {  # (number, grid, heads, channels a head) of the self-attention layers, and the image's size
-    "SD 1.4": (((5, 64, 8, 40), (5, 32, 8, 80), (5, 16, 8, 160), (1, 8, 8, 160)), 512),
-    "SD 2.1": (((5, 96, 5, 64), (5, 48, 10, 64), (5, 24, 20, 64), (1, 12, 20, 64)), 768),
-    "SDXL": (((10, 64, 10, 64), (60, 32, 20, 64)), 1024),
-}
 
 
 @pytest.fixture(params=["triton", "cuda"])
