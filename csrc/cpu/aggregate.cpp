@@ -171,7 +171,7 @@ struct Scores {
         for (int64_t j = 0; j < kWide; ++j) padding[j] = j < listed ? 0.0f : -INFINITY;
     }
 
-    static int64_t panel_count(const Layer& layer) { return round_up(layer.grid.cells(), kWide) / kWide; }
+    static int64_t panel_count(const Layer& layer) { return ceil_div(layer.grid.cells(), kWide); }
 
     static int64_t block_rows(const Layer& layer) {
         const int64_t row_bytes = 2 * panel_count(layer) * kWide * sizeof(float);
@@ -286,10 +286,9 @@ private:
 
     inline __attribute__((always_inline)) void score(Vec (&tile)[kTall][2], int64_t row, int64_t panel,
                                                      const float* keys) const {
-        static const float zeros[kWide] = {};
         const int64_t depth = scores_.layer.depth;
         const float* right = keys + panel * depth * kWide;
-        multiply(tile, panel + 1 == scores_.panels ? scores_.padding : zeros, queries_ + row * depth, depth,
+        multiply(tile, panel + 1 == scores_.panels ? scores_.padding : kZeros, queries_ + row * depth, depth,
                  [=](int64_t k) { return right + k * kWide; });
     }
 

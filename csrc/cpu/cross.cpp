@@ -33,7 +33,7 @@ struct Text {
         for (int64_t j = 0; j < kWide; ++j) padding[j] = j < listed ? 0.0f : -INFINITY;
     }
 
-    static int64_t panel_count(const Words& words) { return round_up(words.tokens, kWide) / kWide; }
+    static int64_t panel_count(const Words& words) { return ceil_div(words.tokens, kWide); }
 
     static int64_t packed_keys(const Layer& layer, const Words& words) {
         return layer.heads * panel_count(words) * layer.depth * kWide;
@@ -67,7 +67,6 @@ void add_softmax(float* scores, int64_t columns, float factor, float* sums) {
 
 // Rows [first, first + kTall) of a layer: to[word, row] += shares T^T. Returns whether all of it is finite.
 bool attend(const Text& text, int64_t first, float* memory, float* to) {
-    static const float zeros[kWide] = {};
     const Layer& layer = text.layer;
     const int64_t cells = layer.grid.cells(), columns = text.panels * kWide;
     float *queries = memory, *scores = queries + kTall * layer.depth, *sums = scores + kTall * columns;
@@ -77,7 +76,7 @@ bool attend(const Text& text, int64_t first, float* memory, float* to) {
         for (int64_t panel = 0; panel < text.panels; ++panel) {
             const float* right = text.keys + (head * text.panels + panel) * layer.depth * kWide;
             Vec tile[kTall][2];
-            multiply(tile, panel + 1 == text.panels ? text.padding : zeros, queries, layer.depth,
+            multiply(tile, panel + 1 == text.panels ? text.padding : kZeros, queries, layer.depth,
                      [=](int64_t k) { return right + k * kWide; });
             for (int64_t i = 0; i < kTall; ++i) {
                 store(scores + i * columns + panel * kWide, tile[i][0]);
@@ -205,7 +204,7 @@ void score_masks(const float* maps, const int32_t* labels, int64_t batch, int64_
     Buffer<Tap> down(size.height), across(size.width);
     fill_taps(down, grid.height, size.height);
     fill_taps(across, grid.width, size.width);
-    const int64_t rows = (size.height + kMostBands - 1) / kMostBands, bands = (size.height + rows - 1) / rows;
+    const int64_t rows = ceil_div(size.height, kMostBands), bands = ceil_div(size.height, rows);
     Buffer<double> sums(bands * masks * words);
     Buffer<int64_t> pixels(bands * masks);
     Buffer<float> lines(threads * grid.width);

@@ -32,17 +32,17 @@ void fill_runs(const Tap* taps, int64_t pixels, int64_t cells, int64_t* runs) {
     }
 }
 
-// Upper and lower bound of a proposal in each patch between the lines `low` and `high` of cells.
-void bound_patches(const float* low, const float* high, int64_t width, float* least_of, float* most_of) {
+// Lower and upper bound of a proposal in each patch between the lines `low` and `high` of cells.
+void bound_patches(const float* low, const float* high, int64_t width, float* lowest, float* highest) {
     for (int64_t x = 0; x < width; ++x) {
         const float a = low[x], b = high[x];
-        least_of[x] = b < a ? b : a;
-        most_of[x] = a < b ? b : a;
+        lowest[x] = least(a, b);
+        highest[x] = most(a, b);
     }
     for (int64_t x = 0; x + 1 < width; ++x) {
-        const float lower = least_of[x + 1], upper = most_of[x + 1];
-        least_of[x] = lower < least_of[x] ? lower : least_of[x];
-        most_of[x] = most_of[x] < upper ? upper : most_of[x];
+        const float lower = lowest[x + 1], upper = highest[x + 1];
+        lowest[x] = least(lowest[x], lower);
+        highest[x] = most(highest[x], upper);
     }
 }
 
@@ -109,7 +109,7 @@ void label(const float* maps, const int32_t* counts, int32_t* winner, int64_t ba
         memset(listed, 0, width * sizeof(int32_t));
         for (int32_t v = 0; v < counts[item]; ++v) {
             bound_patches(low + v * image.cells, high + v * image.cells, width, lowest, highest);
-            for (int64_t x = 0; x < width; ++x) floor[x] = floor[x] < lowest[x] ? lowest[x] : floor[x];
+            for (int64_t x = 0; x < width; ++x) floor[x] = most(floor[x], lowest[x]);
         }
         for (int64_t x = 0; x < width; ++x) floor[x] -= kRounding * (floor[x] < 0 ? -floor[x] : floor[x]);
         for (int32_t v = 0; v < counts[item]; ++v) {
@@ -132,7 +132,7 @@ void label(const float* maps, const int32_t* counts, int32_t* winner, int64_t ba
 }
 
 void renumber(int32_t* labels, int32_t* segments, int64_t batch, int64_t pixels, int64_t length, int threads) {
-    const int64_t strips = (pixels + kStrip - 1) / kStrip, lists = batch * length;
+    const int64_t strips = ceil_div(pixels, kStrip), lists = batch * length;
     Buffer<uint8_t> present(lists * threads);
     Buffer<int32_t> numbers(lists);
     memset(present, 0, lists * threads);

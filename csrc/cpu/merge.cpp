@@ -127,9 +127,9 @@ bool all_finite(const float* from, int64_t length) {
 class Summaries {
 public:
     explicit Summaries(Grid grid)
-        : blocks(round_up((grid.height + kSide - 1) / kSide * ((grid.width + kSide - 1) / kSide), kLanes)),
+        : blocks(round_up(ceil_div(grid.height, kSide) * ceil_div(grid.width, kSide), kLanes)),
           grid_(grid),
-          columns_((grid.width + kSide - 1) / kSide) {}
+          columns_(ceil_div(grid.width, kSide)) {}
 
     int64_t size() const { return 4 * blocks + kLanes; }
     int64_t scratch() const { return 2 * round_up(grid_.cells(), kLanes) + 4 * grid_.width; }
@@ -219,7 +219,7 @@ private:
 struct Set {
     Set(int64_t capacity, Grid grid)
         : cells(grid.cells()),
-          chunks((cells + kChunk - 1) / kChunk),
+          chunks(ceil_div(cells, kChunk)),
           summaries(grid),
           fine_(capacity * chunks * 2 * kChunk),
           halves_(kHalves ? capacity * chunks * 2 * kChunk : 0),
@@ -574,7 +574,7 @@ class Membership {
 public:
     Membership(const uint8_t* near, int64_t rows, int64_t length, int threads)
         : rows_(rows),
-          groups((length + kTall - 1) / kTall),
+          groups(ceil_div(length, kTall)),
           order_(groups * rows),
           starts_(groups * (rows + 1)),
           distinct_(groups),
@@ -671,7 +671,6 @@ void sum_patterns(const float* strip, const int32_t* order, const int32_t* start
 
 // to[v] = mean of the rows near v: [length, N]
 void average(const Rows& rows, const uint8_t* near, int64_t count, int64_t length, float* to, int threads) {
-    static const float zeros[kWide] = {};
     const Membership members(near, count, length, threads);
     const int64_t cells = rows.cells, strip_size = count * kWide, sums_size = (count / 2 + 1) * kWide;
     Buffer<float> strips(strip_size * threads), sums(sums_size * threads);
@@ -687,7 +686,7 @@ void average(const Rows& rows, const uint8_t* near, int64_t count, int64_t lengt
             sum_patterns(strip, members.order(group), members.starts(group), distinct, sums + thread * sums_size,
                          right);
             Vec tile[kTall][2];
-            multiply(tile, zeros, members.weights(group), distinct, [=](int64_t k) { return right[k]; });
+            multiply(tile, kZeros, members.weights(group), distinct, [=](int64_t k) { return right[k]; });
             for (int64_t i = 0; i < least<int64_t>(kTall, length - group * kTall); ++i) {
                 const int64_t v = group * kTall + i;
                 float line[kWide];
@@ -721,7 +720,7 @@ int64_t walk(const uint8_t* near, int64_t length, bool exclusive, uint8_t* taken
 void average_groups(const float* maps, int64_t cells, const int32_t* members, const int64_t* starts, int64_t groups,
                     float* to, int threads) {
     constexpr int64_t kPart = 1024;
-    const int64_t parts = (cells + kPart - 1) / kPart;
+    const int64_t parts = ceil_div(cells, kPart);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
     for (int64_t task = 0; task < groups * parts; ++task) {
         const int64_t group = task / parts, first = task % parts * kPart, width = least(kPart, cells - first);

@@ -70,17 +70,19 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+Grid grid_of(Pair pair) { return {pair[0], pair[1]}; }
+
 View make_view(uintptr_t data, const std::string& dtype, const std::array<int64_t, 4>& strides) {
     return {pointer<const void>(data), type_named(dtype), strides[0], strides[1], strides[2], strides[3]};
 }
 
 Layer make_layer(const View& queries, const View& keys, uintptr_t logsumexps, int64_t heads, int64_t depth, Pair grid,
                  float scale, float ratio, int64_t number) {
-    return {queries, keys, pointer<const float>(logsumexps), heads, depth, {grid[0], grid[1]}, scale, ratio, number};
+    return {queries, keys, pointer<const float>(logsumexps), heads, depth, grid_of(grid), scale, ratio, number};
 }
 
 Layer make_map_layer(const View& maps, int64_t heads, Pair grid, float ratio, int64_t number) {
-    return {maps, {}, nullptr, heads, 0, {grid[0], grid[1]}, 0, ratio, number};
+    return {maps, {}, nullptr, heads, 0, grid_of(grid), 0, ratio, number};
 }
 
 // Asks for huge pages within A_f [batch, N, N], fresh memory mostly: first touching 64 MiB in small pages takes longer
@@ -98,19 +100,12 @@ void advise_huge_pages(Grid grid, int64_t batch, uintptr_t out) {
 // The layer or image that has NaN or infinity, if there is one.
 std::optional<int64_t> bad(int64_t found) { return found == diffseg::kFinite ? std::nullopt : std::optional(found); }
 
+template <auto kKernel>  // &Kernels::aggregate, or &Kernels::aggregate_maps
 std::optional<int64_t> aggregate(const std::vector<Layer>& layers, Pair pair, int64_t batch, uintptr_t out, int threads) {
-    const Grid grid = {pair[0], pair[1]};
+    const Grid grid = grid_of(pair);
     advise_huge_pages(grid, batch, out);
-    return bad(table->aggregate(layers.data(), static_cast<int64_t>(layers.size()), grid, batch, pointer<float>(out),
-                                allowed(threads)));
-}
-
-std::optional<int64_t> aggregate_maps(const std::vector<Layer>& layers, Pair pair, int64_t batch, uintptr_t out,
-                                      int threads) {
-    const Grid grid = {pair[0], pair[1]};
-    advise_huge_pages(grid, batch, out);
-    return bad(table->aggregate_maps(layers.data(), static_cast<int64_t>(layers.size()), grid, batch,
-                                     pointer<float>(out), allowed(threads)));
+    return bad((table->*kKernel)(layers.data(), static_cast<int64_t>(layers.size()), grid, batch, pointer<float>(out),
+                                 allowed(threads)));
 }
 
 std::optional<int64_t> merge(const View& attention, Pair grid, int64_t batch, const std::vector<int64_t>& anchors,
@@ -118,14 +113,14 @@ std::optional<int64_t> merge(const View& attention, Pair grid, int64_t batch, co
                              int threads) {
     const diffseg::MergeOptions options = {anchors.data(), static_cast<int64_t>(anchors.size()), thresholds.data(),
                                            static_cast<int64_t>(thresholds.size()), exclusive};
-    return bad(table->merge(attention, {grid[0], grid[1]}, batch, options, pointer<float>(maps),
+    return bad(table->merge(attention, grid_of(grid), batch, options, pointer<float>(maps),
                             pointer<int32_t>(counts), allowed(threads)));
 }
 
 void label(uintptr_t maps, uintptr_t counts, uintptr_t winner, int64_t batch, int64_t length, Pair grid, Pair size,
            int threads) {
     table->label(pointer<const float>(maps), pointer<const int32_t>(counts), pointer<int32_t>(winner), batch, length,
-                 {grid[0], grid[1]}, {size[0], size[1]}, allowed(threads));
+                 grid_of(grid), grid_of(size), allowed(threads));
 }
 
 void renumber(uintptr_t labels, uintptr_t segments, int64_t batch, int64_t pixels, int64_t length, int threads) {
@@ -135,23 +130,19 @@ void renumber(uintptr_t labels, uintptr_t segments, int64_t batch, int64_t pixel
 std::optional<int64_t> aggregate_cross(const std::vector<Layer>& layers, int64_t batch, uintptr_t shares, int64_t words,
                                        int64_t tokens, Pair size, uintptr_t out, int threads) {
     return bad(table->aggregate_cross(layers.data(), static_cast<int64_t>(layers.size()), batch,
-                                      {pointer<const float>(shares), words, tokens}, {size[0], size[1]},
+                                      {pointer<const float>(shares), words, tokens}, grid_of(size),
                                       pointer<float>(out), allowed(threads)));
 }
 
 void score_masks(uintptr_t maps, uintptr_t labels, uintptr_t out, int64_t batch, int64_t words, Pair grid, Pair size,
                  int64_t masks, int threads) {
-    table->score_masks(pointer<const float>(maps), pointer<const int32_t>(labels), batch, words, {grid[0], grid[1]},
-                       {size[0], size[1]}, masks, pointer<float>(out), allowed(threads));
+    table->score_masks(pointer<const float>(maps), pointer<const int32_t>(labels), batch, words, grid_of(grid),
+                       grid_of(size), masks, pointer<float>(out), allowed(threads));
 }
 
 void divergences(uintptr_t maps, int64_t length, Pair grid, uintptr_t out) {
-    table->divergences(pointer<const float>(maps), length, {grid[0], grid[1]}, pointer<float>(out));
+    table->divergences(pointer<const float>(maps), length, grid_of(grid), pointer<float>(out));
 }
-
-double multiply_adds(int64_t rounds) { return table->multiply_adds(rounds); }
-
-double exponentials(int64_t rounds) { return table->exponentials(rounds); }
 
 }  // namespace
 
@@ -173,14 +164,14 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("ratio"), py::arg("number"));
 
     const py::call_guard<py::gil_scoped_release> release;
-    module.def("aggregate", &aggregate, release);
-    module.def("aggregate_maps", &aggregate_maps, release);
+    module.def("aggregate", &aggregate<&Kernels::aggregate>, release);
+    module.def("aggregate_maps", &aggregate<&Kernels::aggregate_maps>, release);
     module.def("merge", &merge, release);
     module.def("label", &label, release);
     module.def("renumber", &renumber, release);
     module.def("aggregate_cross", &aggregate_cross, release);
     module.def("score_masks", &score_masks, release);
     module.def("divergences", &divergences, release);
-    module.def("multiply_adds", &multiply_adds, release);
-    module.def("exponentials", &exponentials, release);
+    module.def("multiply_adds", [](int64_t rounds) { return table->multiply_adds(rounds); }, release);
+    module.def("exponentials", [](int64_t rounds) { return table->exponentials(rounds); }, release);
 }

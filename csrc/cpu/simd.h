@@ -246,7 +246,9 @@ inline const float* floats(const View& view, int64_t offset, int64_t length, flo
     return line;
 }
 
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+inline int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+
+inline int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
 
 // Rows [first, first + width) of a head, transposed: to[k * width + j] = view[first + j, k] * factor, 0 past the end.
 inline void pack(const View& view, int64_t item, int64_t head, int64_t first, int64_t cells, int64_t width,
@@ -260,6 +262,8 @@ inline void pack(const View& view, int64_t item, int64_t head, int64_t first, in
         }
     });
 }
+
+constexpr float kZeros[kWide] = {};  // where most products start
 
 // tile[i][.] = start + sum over k of left[k * kTall + i] * right(k)[.], kWide columns.
 template <class Right>
