@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "launch.cuh"
+#include "reductions.cuh"
 #include "rounding.cuh"
 
 namespace diffseg::cuda {
@@ -118,15 +119,8 @@ __global__ void __launch_bounds__(kThreads) terms_kernel(Rows maps, const int* p
         for (int p = 0; p < kPlanes; ++p)
             *reinterpret_cast<uint2*>(target + p * plane + column) = {left.plane[p], right.plane[p]};
     }
-    float* scratch = reinterpret_cast<float*>(shared_memory());
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) entropy += shuffle_xor(entropy, mask);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = entropy;
-    sync_block();
-    if (threadIdx.x != 0) return;
-    float total = 0;
-    for (int warp = 0; warp < kWarps; ++warp) total += scratch[warp];
-    entropies[batch * length + element] = total;
+    entropy = block_sum<kWarps>(entropy, reinterpret_cast<float*>(shared_memory()));
+    if (threadIdx.x == 0) entropies[batch * length + element] = entropy;
 }
 
 // Terms of 128 elements and 128 maps over 16 cells in shared memory: [2][4 planes][128 rows] of 32 bytes and 16 more,
