@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any, NamedTuple
 
 # Read when OpenMP is loaded, so set before torch is: threads that wait sleep instead of spinning. On a busy machine
@@ -84,6 +85,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _cpu.use_isa(request.param)
     yield request.param
     _cpu.use_isa(previous)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole random checkpoint of Stable Diffusion 1's layout; tests leave it as it is."""
+    from diffseg.testing import tiny_pipeline
+
+    return tiny_pipeline("sd1", tmp_path_factory.mktemp("sd1"))
 
 
 class Layers(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,29 @@ import torch
 from numpy.typing import NDArray
 
 from diffseg.pipeline import DiffSegPipeline
+from diffseg.testing import tiny_unet
+
+THRESHOLD = 0.01  # the maps of random weights differ little
 
 
 def quiet(pipe: DiffSegPipeline) -> DiffSegPipeline:
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def load(checkpoint: Path, **options: Any) -> DiffSegPipeline:
+    return quiet(DiffSegPipeline.from_pretrained(checkpoint, threshold=THRESHOLD, **options))
+
+
+def pixel_pipeline(**unet: Any) -> DiffSegPipeline:
+    """A pipeline without a VAE whose UNet has two levels: fast."""
+    levels = {
+        "block_out_channels": (32, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    config = {**levels, "in_channels": 3, "out_channels": 3, "sample_size": 16, "layers_per_block": 1, **unet}
+    return quiet(DiffSegPipeline(tiny_unet("sd1", **config), threshold=THRESHOLD))
 
 
 def picture(height: int = 128, width: int = 128, seed: int = 0) -> NDArray[np.uint8]:

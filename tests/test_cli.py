@@ -294,7 +294,7 @@ def test_a_device_that_torch_was_not_built_for(folder, capsys, no_work, monkeypa
     assert "--device cuda: Torch not compiled with CUDA enabled" in capsys.readouterr().err
 
 
-def test_the_captioners_error_ends_the_run(folder, capsys, monkeypatch):
+def test_the_captioners_error_ends_the_run(folder, checkpoint, capsys, monkeypatch):
     tries = []
 
     def refuse(name, *_):
@@ -303,7 +303,6 @@ def test_the_captioners_error_ends_the_run(folder, capsys, monkeypatch):
 
     monkeypatch.setattr(semantics, "ModelCaptioner", refuse)
     monkeypatch.setattr(semantics, "tagger", lambda: None)
-    checkpoint = testing.tiny_pipeline("sd1", folder / "checkpoint")
     model = ["--model", str(checkpoint), "--dtype", "float32", "--device", "cpu"]
     assert cli.main(["segment", "in", "--semantic", "--captioner", "owner/name", *model]) == 2
     error = capsys.readouterr().err

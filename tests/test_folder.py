@@ -15,23 +15,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipelines import pixel_pipeline
 
-from diffseg import folder, images, testing
+from diffseg import folder, images
 from diffseg.pipeline import DiffSegPipeline
 
 
 @pytest.fixture
 def pipe():
-    config = {
-        "block_out_channels": (32, 32),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "layers_per_block": 1,
-    }
-    unet = testing.tiny_unet("sd1", in_channels=3, out_channels=3, sample_size=16, **config)
-    pipe = DiffSegPipeline(unet, threshold=0.01)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pixel_pipeline()
 
 
 def save(path, height, width, seed=0):

@@ -13,23 +13,16 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models import modeling_utils
 from PIL import Image
-from pipelines import modules_run, picture, quiet
+from pipelines import THRESHOLD, load, modules_run, picture, quiet
 
 import diffseg
 from diffseg import images, memory, ops, testing
 from diffseg.pipeline import DiffSegPipeline
 
-THRESHOLD = 0.01  # the maps of random weights differ little
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return testing.tiny_pipeline("sd1", tmp_path_factory.mktemp("sd1"))
-
 
 @pytest.fixture(scope="module")
 def pipe(checkpoint):
-    return quiet(DiffSegPipeline.from_pretrained(checkpoint, threshold=THRESHOLD))
+    return load(checkpoint)
 
 
 @pytest.fixture

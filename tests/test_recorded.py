@@ -15,34 +15,16 @@ import pytest
 import torch
 from contract import skip_unless_it_runs
 from diffusers import AutoencoderTiny
-from pipelines import quiet
+from pipelines import THRESHOLD, load, pixel_pipeline, quiet
 
 import diffseg
 from diffseg import capture, recorded, testing
 from diffseg.pipeline import DiffSegPipeline
 
-THRESHOLD = 0.01  # the maps of random weights differ little
-
-
-def pixel_pipeline(**unet):
-    """A pipeline without a VAE whose UNet has two levels: fast."""
-    levels = {
-        "block_out_channels": (32, 32),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    config = {**levels, "in_channels": 3, "out_channels": 3, "sample_size": 16, "layers_per_block": 1, **unet}
-    return quiet(DiffSegPipeline(testing.tiny_unet("sd1", **config), threshold=THRESHOLD))
-
 
 @pytest.fixture
 def pipe():
     return pixel_pipeline()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return testing.tiny_pipeline("sd1", tmp_path_factory.mktemp("sd1"))
 
 
 @pytest.fixture
@@ -70,7 +52,7 @@ def assert_same(output, expected):
 
 
 def test_recorded_labels_are_the_eager_ones(checkpoint, replays):
-    pipe = quiet(DiffSegPipeline.from_pretrained(checkpoint, threshold=THRESHOLD))
+    pipe = load(checkpoint)
     given = [picture(128, 128, seed) for seed in range(4)]
     before = pipe(given, batch_size=2)
     pipe.warmup(2, 128, 128)
@@ -267,7 +249,7 @@ def test_a_replaced_unet_is_split(pipe):
 
 
 def test_joined_projections_come_apart(checkpoint):
-    pipe = quiet(DiffSegPipeline.from_pretrained(checkpoint, threshold=THRESHOLD))
+    pipe = load(checkpoint)
     own, keys = pipe.unet.attn_processors, set(pipe.unet.state_dict())
     expected = pipe(picture(128, 128)).labels[0]
     assert recorded.fuse_projections(pipe.unet)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines import modules_run, picture, quiet
+from pipelines import THRESHOLD, load, modules_run, picture
 from transformers import (
     BertTokenizer,
     BlipConfig,
@@ -30,17 +30,6 @@ import diffseg
 from diffseg import cli, images, record_attention, semantics, testing, visualize
 from diffseg.pipeline import DiffSegPipeline
 from diffseg.semantics import Prompt
-
-THRESHOLD = 0.01  # the maps of random weights differ little
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return testing.tiny_pipeline("sd1", tmp_path_factory.mktemp("sd1"))
-
-
-def load(checkpoint: Path, **options: Any) -> DiffSegPipeline:
-    return quiet(DiffSegPipeline.from_pretrained(checkpoint, threshold=THRESHOLD, **options))
 
 
 @pytest.fixture(scope="module")
