@@ -40,9 +40,9 @@ class Backend:
         """Whether ``op`` runs here on tensors of ``dtype`` on ``device``; or raises a ValueError that says why not.
 
         ``request`` is what else an implementation may limit: ``anchors``, their number; ``width``, the channels of a
-        head; ``storage``, the dtype of A_f; ``lows``, the grids below that of A_f; ``rows``, the grids whose maps are
-        summed; ``images``, those of a batch, times the layers where these are summed; ``tokens``, those of a text. What
-        is left out is within the limits.
+        head; ``storage``, the dtype of A_f; ``lower_grids``, those below that of A_f; ``summed_grids``, those whose
+        maps are summed; ``images``, those of a batch, times the layers where these are summed; ``tokens``, those of a
+        text. What is left out is within the limits.
         """
         reason = self._obstacle(op, device, dtype, request)
         if reason is not None and raise_error:
@@ -98,13 +98,13 @@ def _load_cuda() -> Any:
 
 
 def _cuda_limit(
-    device: torch.device, *, lows: Sequence[Grid] = (), rows: Sequence[Grid] = (), **request: Any
+    device: torch.device, *, lower_grids: Sequence[Grid] = (), summed_grids: Sequence[Grid] = (), **request: Any
 ) -> str | None:
     kernels = _load_cuda()
     reason: str | None = kernels.obstacle(device)
-    if reason is None and len(lows) > _CUDA_LOWS:
-        return f"expected at most {_CUDA_LOWS} grids below the output's, got {len(lows)}"
-    return reason or kernels.row_obstacle(device, rows) or _gpu_limit(device, **request)
+    if reason is None and len(lower_grids) > _CUDA_LOWER_GRIDS:
+        return f"expected at most {_CUDA_LOWER_GRIDS} grids below the output's, got {len(lower_grids)}"
+    return reason or kernels.row_obstacle(device, summed_grids) or _gpu_limit(device, **request)
 
 
 def _load_triton() -> SimpleNamespace:
@@ -151,7 +151,7 @@ def _triton_limit(device: torch.device, *, width: int = 1, tokens: int = 1, **re
 
 _MOST_ANCHORS = 1024
 _MOST_BLOCKS = 65535  # along the second and the third dimension of a launch
-_CUDA_LOWS = 16  # kMostLows of csrc/cuda/output.cuh
+_CUDA_LOWER_GRIDS = 16  # kMostLows of csrc/cuda/output.cuh
 _TRITON_WIDTH = 256
 _TRITON_TOKENS = 128  # scores of a text stay in registers
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it: when it is imported

@@ -118,11 +118,11 @@ def run(options: argparse.Namespace) -> int:
 
     def watch(result: runs.Result) -> str:
         running.add([metrics.from_entries(each) for each in result[methods[0]]])
-        return shortly(running)
+        return progress_text(running)
 
     with runs.claimed(state, options.output, described):
         results = runs.process_dataset(
-            state, dataset, options.output, lambda sample: tables(predict(sample), sample.truths), watch
+            state, dataset, options.output, lambda sample: confusion_entries(predict(sample), sample.truths), watch
         )
         if state.is_main_process:
             figures = {method: summarise(dataset, results.values(), method) for method in methods}
@@ -132,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
             picture = options.output / "sheet.png"
             first = methods[0]
             _sheet(dataset, results, first, lambda sample: predict(sample, [first])[first]).save(picture)
-            print("\n".join(table({titles[method]: figures[method] for method in methods})))
+            print("\n".join(markdown_table({titles[method]: figures[method] for method in methods})))
             print(f"{len(dataset)} images; {options.output / 'results.json'}, {picture}")
     state.destroy_process_group()
     return 0
@@ -221,7 +221,7 @@ def new_scores(dataset: Dataset) -> Scores:
     return metrics.RegionScores() if dataset.classes is None else metrics.ClassScores(dataset.classes)
 
 
-def tables(labels: dict[str, Labels], truths: Sequence[Labels]) -> runs.Result:
+def confusion_entries(labels: dict[str, Labels], truths: Sequence[Labels]) -> runs.Result:
     """Of each method and truth, the entries of their table."""
     return {
         method: [metrics.entries(metrics.confusion(predicted, truth)) for truth in truths]
@@ -229,7 +229,7 @@ def tables(labels: dict[str, Labels], truths: Sequence[Labels]) -> runs.Result:
     }
 
 
-def shortly(scores: Scores) -> str:
+def progress_text(scores: Scores) -> str:
     """The first two figures, for a progress bar."""
     return ", ".join(f"{name} {value:.3f}" for name, value in list(scores.figures().items())[:2])
 
@@ -242,7 +242,7 @@ def summarise(dataset: Dataset, results: Iterable[runs.Result], method: str) -> 
     return scores.figures()
 
 
-def table(figures: dict[str, dict[str, float]]) -> Iterable[str]:
+def markdown_table(figures: dict[str, dict[str, float]]) -> Iterable[str]:
     """A Markdown table, a row each."""
     names = list(next(iter(figures.values())))
     yield f"| method | {' | '.join(FIGURES[name] for name in names)} |"

@@ -52,22 +52,22 @@ def _attention(layer: Tensor, grid: Sequence[int], dtype: torch.dtype) -> Tensor
     return torch.empty(layer.shape[0], cells, cells, dtype=dtype, device=layer.device)
 
 
-def _used(ratios: Sequence[float]) -> list[int]:
+def _with_a_share(ratios: Sequence[float]) -> list[int]:
     """The layers that a backend is given: those of weight 0 are not read."""
     return [layer for layer, ratio in enumerate(ratios) if ratio > 0]
 
 
-def _of(layers: Sequence[int], values: Sequence[T]) -> list[T]:
+def _select(values: Sequence[T], layers: Sequence[int]) -> list[T]:
     return [values[layer] for layer in layers]
 
 
-def _lows(grids: Sequence[Grid], output: Sequence[int]) -> list[Grid]:
+def _lower_grids(grids: Sequence[Grid], output: Sequence[int]) -> list[Grid]:
     """The distinct grids below the output's."""
     return [grid for grid in dict.fromkeys(grids) if grid != tuple(output)]
 
 
 @contextmanager
-def _named(layers: Sequence[int]) -> Iterator[None]:
+def _numbered_by_caller(layers: Sequence[int]) -> Iterator[None]:
     """Translates a layer's number to the caller's, in the error about its attention; ``layers``: what a backend got."""
     try:
         yield
@@ -89,18 +89,18 @@ def _aggregate_into(
     out: Tensor,
     backend: str,
 ) -> None:
-    used = _used(ratios)
-    queries, keys, scales, ratios = _of(used, queries), _of(used, keys), _of(used, scales), _of(used, ratios)
-    logsumexps = None if logsumexps is None else _of(used, logsumexps)
-    first, width = queries[0], max(query.shape[3] for query in queries)
-    pairs = _of(used, _pairs(grids))
-    lows = _lows(pairs, grid)
+    used = _with_a_share(ratios)
+    queries, pairs = _select(queries, used), _select(_pairs(grids), used)
+    lower = _lower_grids(pairs, grid)
     run = backends.implementation(
-        backend, "aggregate", first.device, first.dtype, width=width, storage=out.dtype, lows=lows, rows=lows,
-        images=len(first) * len(used),
+        backend, "aggregate", queries[0].device, queries[0].dtype, width=max(query.shape[3] for query in queries),
+        storage=out.dtype, lower_grids=lower, summed_grids=lower, images=len(queries[0]) * len(used),
     )  # fmt: skip
-    with _named(used):
-        run(queries, keys, pairs, scales, logsumexps, ratios, tuple(grid), out)
+    with _numbered_by_caller(used):
+        run(
+            queries, _select(keys, used), pairs, _select(scales, used), logsumexps and _select(logsumexps, used),
+            _select(ratios, used), tuple(grid), out,
+        )  # fmt: skip
 
 
 def _aggregate(
@@ -127,14 +127,14 @@ def _aggregate_fake(queries: list[Tensor], *rest: Any) -> Tensor:
 def _aggregate_maps_into(
     maps: list[Tensor], grids: list[int], ratios: list[float], grid: list[int], out: Tensor, backend: str
 ) -> None:
-    used = _used(ratios)
-    pairs = _of(used, _pairs(grids))
+    used = _with_a_share(ratios)
+    pairs = _select(_pairs(grids), used)
     run = backends.implementation(
-        backend, "aggregate_maps", maps[0].device, maps[0].dtype, storage=out.dtype, lows=_lows(pairs, grid),
-        rows=pairs, images=len(maps[0]),
+        backend, "aggregate_maps", maps[0].device, maps[0].dtype, storage=out.dtype,
+        lower_grids=_lower_grids(pairs, grid), summed_grids=pairs, images=len(maps[0]),
     )  # fmt: skip
-    with _named(used):
-        run(_of(used, maps), pairs, _of(used, ratios), tuple(grid), out)
+    with _numbered_by_caller(used):
+        run(_select(maps, used), pairs, _select(ratios, used), tuple(grid), out)
 
 
 def _aggregate_maps(
@@ -145,7 +145,7 @@ def _aggregate_maps(
     return attention
 
 
-def _nothing(*_: Any) -> None:
+def _no_result(*_: Any) -> None:
     """The fake of an operator that only writes into an argument."""
 
 
@@ -211,7 +211,7 @@ def _aggregate_cross(
     run = backends.implementation(
         backend, "aggregate_cross", first.device, first.dtype, width=width, tokens=shares.shape[2], images=len(first)
     )
-    with _named(range(len(queries))):
+    with _numbered_by_caller(range(len(queries))):
         return run(queries, keys, _pairs(grids), scales, shares, tuple(size))
 
 
@@ -244,12 +244,12 @@ _operator(
     "aggregate_into(Tensor[] queries, Tensor[] keys, int[] grids, float[] scales, Tensor[]? logsumexps, "
     "float[] ratios, int[] grid, Tensor(a!) out, str backend) -> ()",
     _aggregate_into,
-    _nothing,
+    _no_result,
 )
 _operator(
     "aggregate_maps_into(Tensor[] maps, int[] grids, float[] ratios, int[] grid, Tensor(a!) out, str backend) -> ()",
     _aggregate_maps_into,
-    _nothing,
+    _no_result,
 )
 _operator(
     "merge(Tensor attention, int[] grid, int[] anchors, float[] thresholds, str rule, str backend) -> (Tensor, Tensor)",

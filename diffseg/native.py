@@ -146,7 +146,7 @@ class CpuKernels:
         self._module.renumber(
             numbered.data_ptr(), segments.data_ptr(), len(labels), labels[0].numel(), length, torch.get_num_threads()
         )
-        _store(numbered, labels)
+        _copy_into(numbered, labels)
         return segments
 
     def aggregate_cross(
@@ -216,7 +216,7 @@ class CpuKernels:
         ]
 
     def _view(self, tensor: Tensor) -> Any:
-        return self._module.View(tensor.data_ptr(), _name(tensor.dtype), tensor.stride())
+        return self._module.View(tensor.data_ptr(), _dtype_name(tensor.dtype), tensor.stride())
 
 
 class CudaKernels:
@@ -231,7 +231,7 @@ class CudaKernels:
 
     def obstacle(self, device: torch.device) -> str | None:
         """Why the kernels cannot run on ``device``; without an index, on torch's current one."""
-        return self._probed(_index(device))
+        return self._probed(_device_index(device))
 
     def _probe(self, index: int) -> str | None:
         with torch.cuda.device(index):
@@ -243,7 +243,7 @@ class CudaKernels:
         if not grids:
             return None
         needed, grid = max((self._module.row_bytes(grid), grid) for grid in grids)
-        there = self._module.shared_memory_of(_index(device))
+        there = self._module.shared_memory_of(_device_index(device))
         if needed <= there:
             return None
         return f"a row of maps on a grid of {grid} takes {needed} bytes of shared memory, of which a block has {there}"
@@ -265,10 +265,10 @@ class CudaKernels:
                 logsumexps = [logsumexp.float().contiguous() for logsumexp in logsumexps]
             layers = self._layers(queries, keys, grids, scales, logsumexps, ratios)
             attention, output = self._output(grid, out)
-            name = _name(queries[0].dtype)
+            name = _dtype_name(queries[0].dtype)
             workspace = self._workspace(self._module.aggregate_workspace(layers, name, output), attention)
             self._module.aggregate(layers, name, output, workspace.data_ptr(), queue)
-            _store(attention, out)
+            _copy_into(attention, out)
 
     def aggregate_maps(
         self,
@@ -286,8 +286,8 @@ class CudaKernels:
             ]
             attention, output = self._output(grid, out)
             workspace = self._workspace(self._module.aggregate_maps_workspace(layers, output), attention)
-            self._module.aggregate_maps(layers, _name(maps[0].dtype), output, workspace.data_ptr(), queue)
-            _store(attention, out)
+            self._module.aggregate_maps(layers, _dtype_name(maps[0].dtype), output, workspace.data_ptr(), queue)
+            _copy_into(attention, out)
 
     def merge(
         self,
@@ -305,7 +305,7 @@ class CudaKernels:
             options = self._module.MergeOptions(anchors=anchors, thresholds=thresholds, exclusive=rule == "paper")
             workspace = self._workspace(self._module.merge_workspace(batch_size, cells, options), attention)
             self._module.merge(
-                self._view(attention.unsqueeze(1)), _name(attention.dtype), batch_size, cells, options,
+                self._view(attention.unsqueeze(1)), _dtype_name(attention.dtype), batch_size, cells, options,
                 maps.data_ptr(), counts.data_ptr(), workspace.data_ptr(), queue,
             )  # fmt: skip
             return maps, counts
@@ -328,7 +328,7 @@ class CudaKernels:
                 numbered.data_ptr(), present.data_ptr(), segments.data_ptr(), len(labels), labels[0].numel(), length,
                 queue,
             )  # fmt: skip
-            _store(numbered, labels)
+            _copy_into(numbered, labels)
             return segments
 
     def aggregate_cross(
@@ -349,7 +349,14 @@ class CudaKernels:
             maps = torch.empty(batch_size, count, *size, dtype=torch.float32, device=shares.device)
             workspace = self._workspace(self._module.aggregate_cross_workspace(layers, words, batch_size, size), maps)
             self._module.aggregate_cross(
-                layers, _name(queries[0].dtype), words, batch_size, size, maps.data_ptr(), workspace.data_ptr(), queue
+                layers,
+                _dtype_name(queries[0].dtype),
+                words,
+                batch_size,
+                size,
+                maps.data_ptr(),
+                workspace.data_ptr(),
+                queue,
             )
             return maps
 
@@ -403,19 +410,19 @@ class CudaKernels:
         """``out``, or new memory if the kernels cannot store vectors into it; and what they call it."""
         attention = out if out.data_ptr() % 16 == 0 else torch.empty_like(out)
         return attention, self._module.Attention(
-            data=attention.data_ptr(), dtype=_name(out.dtype), grid=grid, batch=len(out)
+            data=attention.data_ptr(), dtype=_dtype_name(out.dtype), grid=grid, batch=len(out)
         )
 
     def _workspace(self, size: int, like: Tensor) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=like.device)
 
 
-def _index(device: torch.device) -> int:
+def _device_index(device: torch.device) -> int:
     """Of a GPU; without one of its own, torch's current one."""
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -454,10 +461,10 @@ def _aggregate_into(run: Any, layers: list[Any], grid: Grid, out: Tensor) -> Non
     bad = run(layers, grid, len(out), attention.data_ptr(), torch.get_num_threads())
     if bad is not None:
         raise NonFiniteAttentionError(bad)
-    _store(attention, out)
+    _copy_into(attention, out)
 
 
-def _store(result: Tensor, out: Tensor) -> None:
+def _copy_into(result: Tensor, out: Tensor) -> None:
     """Copies ``result`` into ``out`` unless it lies there."""
     if result is not out:
         out.copy_(result)

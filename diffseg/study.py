@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     }
 
     def work(sample: Sample) -> runs.Result:
-        result: runs.Result = {"tables": _tables(pipe, sample, points)} if points else {}
+        result: runs.Result = {"tables": _confusion_entries(pipe, sample, points)} if points else {}
         return {**result, "heads": _heads(pipe, sample, base)} if options.heads else result
 
     running = evaluate.new_scores(dataset)
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         if not points:
             return ""
         running.add([metrics.from_entries(each) for each in result["tables"][points[0].key]])
-        return f"{points[0].key}: " + evaluate.shortly(running)
+        return f"{points[0].key}: " + evaluate.progress_text(running)
 
     with runs.claimed(state, options.output, described):
         results = list(runs.process_dataset(state, dataset, options.output, work, watch).values())
@@ -132,7 +132,7 @@ def _points(base: Settings, sweeps: dict[str, tuple[Any, ...]]) -> Iterator[Poin
             yield Point(parameter, shown, replace(base, **{parameter: value}))
 
 
-def _tables(pipe: Any, sample: Sample, points: Sequence[Point]) -> runs.Result:
+def _confusion_entries(pipe: Any, sample: Sample, points: Sequence[Point]) -> runs.Result:
     """Table entries of each point; one forward pass a time step, one A_f a time step and weights serve all others."""
     size = (sample.image.shape[0], sample.image.shape[1])
     entries: dict[Settings, Any] = {}

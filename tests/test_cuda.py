@@ -102,9 +102,9 @@ def test_each_gpu_is_probed_once_and_as_the_current_one(
     [
         ({"anchors": 1025}, r"expected at most 1024 anchors \(32 a side\), got 1025"),
         ({"storage": torch.float64}, r"got dtype=torch\.float64"),
-        ({"lows": [(1, side) for side in range(17)]}, "expected at most 16 grids below the output's, got 17"),
+        ({"lower_grids": [(1, side) for side in range(17)]}, "expected at most 16 grids below the output's, got 17"),
         (
-            {"rows": [(3, 3), (128, 128), (64, 64)]},
+            {"summed_grids": [(3, 3), (128, 128), (64, 64)]},
             r"a row of maps on a grid of \(128, 128\) takes 131072 bytes of shared memory, of which a block has 101376",
         ),
         ({"images": 65536}, "expected at most 65535 images, times layers where these are summed, got 65536"),
@@ -134,9 +134,9 @@ def test_ops_say_how_much_they_are_asked_for(layers: Any, monkeypatch: pytest.Mo
     assert {op: request.pop("images") for op, request in asked.items()} == dict.fromkeys(backends.OPS, 3) | {
         "aggregate": 9
     }
-    assert asked["aggregate"]["rows"] == [(2, 2)]
-    assert asked["aggregate_maps"]["rows"] == [(4, 4), (2, 2), (2, 2)]
-    assert asked["aggregate"]["lows"] == asked["aggregate_maps"]["lows"] == [(2, 2)]
+    assert asked["aggregate"]["summed_grids"] == [(2, 2)]
+    assert asked["aggregate_maps"]["summed_grids"] == [(4, 4), (2, 2), (2, 2)]
+    assert asked["aggregate"]["lower_grids"] == asked["aggregate_maps"]["lower_grids"] == [(2, 2)]
 
 
 @pytest.mark.parametrize("name", backends.BACKENDS)
@@ -146,7 +146,7 @@ def test_every_backend_has_every_op(name: str) -> None:
 
 def test_what_it_says_it_runs_is_there(built: SimpleNamespace) -> None:
     built.obstacle = lambda device: ""
-    most = {"anchors": 1024, "lows": [(1, side) for side in range(16)], "tokens": 1000}
+    most = {"anchors": 1024, "lower_grids": [(1, side) for side in range(16)], "tokens": 1000}
     for op, dtypes in backends.BACKENDS["cuda"].dtypes.items():
         assert callable(getattr(native.cuda(), op))
         for dtype in dtypes:

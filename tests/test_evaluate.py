@@ -85,7 +85,7 @@ def test_figures_are_those_of_the_pipeline(whole):
 
 
 def test_table_has_every_figure():
-    rows = list(evaluate.table({"DiffSeg": {"accuracy": 0.5, "miou": 0.25}}))
+    rows = list(evaluate.markdown_table({"DiffSeg": {"accuracy": 0.5, "miou": 0.25}}))
     assert rows == ["| method | pixel accuracy | mIoU |", "| --- | --- | --- |", "| DiffSeg | 0.500 | 0.250 |"]
 
 
@@ -301,7 +301,7 @@ def test_the_sheet_begins_with_the_best(scenes, monkeypatch):
         return sample.truths[0] * (sample.name == "scene1")
 
     samples = [dataset.load(index) for index in range(3)]
-    found = {sample.name: evaluate.tables({"diffseg": predict(sample)}, sample.truths) for sample in samples}
+    found = {sample.name: evaluate.confusion_entries({"diffseg": predict(sample)}, sample.truths) for sample in samples}
     monkeypatch.setattr(visualize, "sheet", lambda rows, _: [caption for caption, _ in rows])
     captions = evaluate._sheet(dataset, found, "diffseg", predict)
     assert [caption.partition(":")[0] for caption in captions] == ["best", "median", "worst"]

@@ -179,7 +179,7 @@ def test_the_bounds_hold_as_much_of_a_second_run_as_is_said():
 def test_the_evaluation_is_that_of_the_results():
     methods = json.loads((RESULTS / "bsds500-val-bundled-model.json").read_text())["methods"].values()
     figures = {each["title"]: {name: each[name] for name in each if name != "title"} for each in methods}
-    assert "\n".join(evaluate.table(figures)) in README
+    assert "\n".join(evaluate.markdown_table(figures)) in README
 
 
 @pytest.mark.parametrize(("stage", "series"), [("aggregate", "cells"), ("merge", "cells"), ("merge", "anchors")])

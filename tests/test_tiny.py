@@ -63,7 +63,7 @@ def test_a_network_in_bfloat16_keeps_the_labels(pipe):
 def test_the_report_names_every_method(pipe, monkeypatch):
     small = replace(Settings.of(pipe), processing_resolution=32)  # k-means on the rows of a whole A_f takes long
     monkeypatch.setattr(Settings, "of", lambda _: small)
-    lines = list(report.table(report.report(pipe, 1)))
+    lines = list(report.markdown_table(report.report(pipe, 1)))
     assert [line.split("|")[1].strip().split(" (")[0] for line in lines[2:]] == [
         "DiffSeg", "DiffSeg, official rule", "K-Means-C", "K-Means-S", "k-means, colour + position", "one segment"
     ]  # fmt: skip
@@ -169,7 +169,7 @@ def test_training_keeps_a_share_of_the_initial_weights(whole, monkeypatch, tmp_p
 def test_training_can_begin_with_sharper_attention(pipe, monkeypatch, tmp_path):
     """The layers that are read, and no others, begin with scores times the factor, also where --keep averages."""
     started = []
-    monkeypatch.setattr(train, "keep", lambda unet, initial, share: started.append(initial))
+    monkeypatch.setattr(train, "average_with", lambda unet, initial, share: started.append(initial))
     options = ["--initial", str(MODEL), "--sharpen", "1.5", "--keep", "0.5"]
     run_training(monkeypatch, tmp_path, *options, stop_after=0)
     run_training(monkeypatch, tmp_path, *options, "--stop", "1")

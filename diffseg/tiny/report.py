@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..checks import WEIGHT_SCHEMES
 from ..datasets import Sample
-from ..evaluate import table
+from ..evaluate import markdown_table
 from ..methods import TITLES, Settings, diffseg_labels, predictions
 from ..metrics import RegionScores, confusion, matched_accuracy
 from ..pipeline import DiffSegPipeline
@@ -104,7 +104,7 @@ def main() -> None:
         write(Path(arguments.model), timestep=best[0], threshold=best[1], weights=pipe.config.weights)
     else:
         print(f"{arguments.scenes} held-out scenes, t = {pipe.config.timestep}, threshold {pipe.config.threshold}")
-        print("\n".join(table(report(pipe, arguments.scenes))))
+        print("\n".join(markdown_table(report(pipe, arguments.scenes))))
 
 
 if __name__ == "__main__":

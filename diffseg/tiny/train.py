@@ -157,7 +157,7 @@ def train(arguments: argparse.Namespace) -> None:
     unet = training.unet
     training.ema.copy_to(unet.parameters())
     if arguments.keep:
-        keep(unet, load_initial(arguments), arguments.keep)
+        average_with(unet, load_initial(arguments), arguments.keep)
     export(unet, output / "model")
 
 
@@ -209,7 +209,7 @@ def load_initial(arguments: argparse.Namespace) -> UNet2DConditionModel:
     return unet
 
 
-def keep(unet: UNet2DConditionModel, initial: UNet2DConditionModel, share: float) -> None:
+def average_with(unet: UNet2DConditionModel, initial: UNet2DConditionModel, share: float) -> None:
     """Moves the weights of ``unet`` towards those of ``initial``, by ``share`` of the way ("Model soups", 2022)."""
     with torch.no_grad():
         for weight, before in zip(unet.parameters(), initial.parameters(), strict=True):
