@@ -101,7 +101,8 @@ void advise_huge_pages(Grid grid, int64_t batch, uintptr_t out) {
 std::optional<int64_t> bad(int64_t found) { return found == diffseg::kFinite ? std::nullopt : std::optional(found); }
 
 template <auto kKernel>  // &Kernels::aggregate, or &Kernels::aggregate_maps
-std::optional<int64_t> aggregate(const std::vector<Layer>& layers, Pair pair, int64_t batch, uintptr_t out, int threads) {
+std::optional<int64_t> aggregate(const std::vector<Layer>& layers, Pair pair, int64_t batch, uintptr_t out,
+                                 int threads) {
     const Grid grid = grid_of(pair);
     advise_huge_pages(grid, batch, out);
     return bad((table->*kKernel)(layers.data(), static_cast<int64_t>(layers.size()), grid, batch, pointer<float>(out),
