@@ -103,7 +103,7 @@ class DiffSeg:
 
     def get_weight_rato(self, weight_list: Sequence[Any]) -> NDArray[np.float64]:
         """The share of each layer, [..., n, tokens], in proportion to sqrt(n): float64 [layers], sum 1."""
-        _check_list("weight_list", weight_list)
+        _check_weight_list(weight_list)
         shapes = [np.shape(weights) for weights in weight_list]
         if min(len(shape) for shape in shapes) < 2:
             raise ValueError(f"weight_list: expected arrays [..., n, tokens], got shapes {shapes}")
@@ -148,7 +148,7 @@ class DiffSeg:
 
         Each map sums to the sum of ``weight_ratio``; None: in proportion to sqrt(n), sum 1.
         """
-        _check_list("weight_list", weight_list)
+        _check_weight_list(weight_list)
         maps = [_self_attention(f"weight_list[{index}]", weights) for index, weights in enumerate(weight_list)]
         attention, scale = self._aggregate(maps, weight_ratio)
         return _to_numpy(attention.double().mul_(scale)).reshape(_SIDE, _SIDE, _SIDE, _SIDE)
@@ -161,7 +161,7 @@ class DiffSeg:
         Each layer is averaged over heads, upsampled and normalised over tokens; ``weight_ratio`` as in
         :meth:`aggregate_weights`.
         """
-        _check_list("weight_list", weight_list)
+        _check_weight_list(weight_list)
         layers = [self._tensor(f"weight_list[{index}]", weights) for index, weights in enumerate(weight_list)]
         tokens = layers[0].shape[-1]
         sides = []
@@ -399,11 +399,11 @@ def _numbers(name: str, values: Any) -> NDArray[np.float64]:
     return numbers
 
 
-def _check_list(name: str, values: Any) -> None:
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(f"{name}: expected a list of arrays, got {describe(values)}")
-    if not values:
-        raise ValueError(f"{name}: expected at least one array, got none")
+def _check_weight_list(weight_list: Any) -> None:
+    if not isinstance(weight_list, (list, tuple)):
+        raise TypeError(f"weight_list: expected a list of arrays, got {describe(weight_list)}")
+    if not weight_list:
+        raise ValueError("weight_list: expected at least one array, got none")
 
 
 def _images(name: str, weights: Any, side: int) -> list[Tensor]:

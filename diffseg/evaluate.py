@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import __version__, baselines, datasets, loading, metrics, runs
-from .backends import BACKENDS
-from .checks import WEIGHT_SCHEMES
 from .datasets import Dataset, Sample
 from .loading import UsageError
 from .methods import TITLES, Settings, count_segments, predictions
@@ -76,20 +74,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     data.add_argument("--classes", type=int, help="folder: labels are this many classes (default: an image's regions)")
     data.add_argument("--unlabelled", type=int, metavar="VALUE", help="folder: pixel value that counts nowhere")
     loading.add_arguments(parser.add_argument_group("model"))
-    parameters = parser.add_argument_group("DiffSeg")
-    parameters.add_argument("--threshold", type=loading.positive_float, help="(default: the model's own)")
-    parameters.add_argument("--timestep", type=int, help="(default: the model's own)")
-    parameters.add_argument(
-        "--anchors", type=loading.positive_int, default=16,
-        help="a side, as many as the grid has at most (default: %(default)s)",
-    )  # fmt: skip
-    parameters.add_argument("--iterations", type=loading.positive_int, default=3, help="(default: %(default)s)")
-    parameters.add_argument("--weights", choices=WEIGHT_SCHEMES, help="(default: the model's own)")
-    parameters.add_argument("--refine", action="store_true", help="add k-means refinement")
-    parameters.add_argument(
-        "--processing-resolution", type=loading.positive_int, help="longer side in the network (default: its own)"
-    )
-    parameters.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
+    loading.add_parameters(parser.add_argument_group("DiffSeg"))
 
 
 def run(options: argparse.Namespace) -> int:

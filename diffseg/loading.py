@@ -1,4 +1,4 @@
-"""Loading a pipeline for a command, and the error of a command that cannot be carried out."""
+"""What the commands share: their arguments, loading a pipeline, and the error of one that cannot be carried out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from .backends import BACKENDS
+from .checks import WEIGHT_SCHEMES
 
 if TYPE_CHECKING:
     from .pipeline import DiffSegPipeline
@@ -41,6 +42,26 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         choices=("float32", "float16", "bfloat16"),
         help="of the network (default: float16 on cuda; with --model, bfloat16 on a CPU that has it; else float32)",
     )
+
+
+def add_parameters(parser: argparse._ActionsContainer) -> None:
+    """DiffSeg's parameters: those of :data:`OPTIONS` but ``rule``, and how an image is processed."""
+    parser.add_argument(
+        "--threshold", type=positive_float, help="merge maps nearer than this (default: the model's own)"
+    )
+    parser.add_argument(
+        "--anchors", type=positive_int, default=16,
+        help="anchors a side, as many as the grid has at most (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--iterations", type=positive_int, default=3, help="merging rounds (default: %(default)s)")
+    parser.add_argument("--weights", choices=WEIGHT_SCHEMES, help="of the layers (default: the model's own)")
+    parser.add_argument("--timestep", type=int, help="at which the network is read (default: the model's own)")
+    parser.add_argument("--refine", action="store_true", help="add k-means refinement")
+    parser.add_argument(
+        "--processing-resolution", type=positive_int, metavar="SIDE",
+        help="longer side in the network (default: the model's own)",
+    )  # fmt: skip
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
 
 
 def load_pipeline(

@@ -16,8 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from . import loading, runs
-from .backends import BACKENDS
-from .checks import RULES, WEIGHT_SCHEMES
+from .checks import RULES
 from .folder import Job, segment_files, settings_of
 from .images import SUFFIXES, files_in
 from .loading import UsageError
@@ -33,30 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", default="segments", metavar="DIR", help="folder (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="overwrite outputs that exist")
     loading.add_arguments(parser)
-    parser.add_argument(
-        "--threshold", type=loading.positive_float, help="merge maps nearer than this (default: the model's own)"
-    )
-    parser.add_argument(
-        "--anchors", type=loading.positive_int, default=16,
-        help="anchors a side, as many as the grid has at most (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--iterations", type=loading.positive_int, default=3, help="merging rounds (default: %(default)s)"
-    )
+    loading.add_parameters(parser)
     parser.add_argument("--rule", choices=RULES, default="paper", help="merging rule (default: %(default)s)")
-    parser.add_argument("--weights", choices=WEIGHT_SCHEMES, help="of the layers (default: the model's own)")
-    parser.add_argument("--timestep", type=int, help="at which the network is read (default: the model's own)")
     parser.add_argument(
-        "--processing-resolution", "--resolution", type=loading.positive_int, metavar="SIDE",
-        help="longer side when processed (default: the model's own)",
+        "--resolution", dest="processing_resolution", type=loading.positive_int, metavar="SIDE",
+        help="short for --processing-resolution",
     )  # fmt: skip
-    parser.add_argument("--refine", action="store_true", help="add k-means refinement")
     parser.add_argument("--semantic", action="store_true", help="name the segments by the nouns of a caption")
     parser.add_argument("--caption", metavar="TEXT", help="the caption, instead of one that a model writes")
     parser.add_argument("--labels", metavar="A,B,...", help="the names to choose from, instead of nouns")
     parser.add_argument("--captioner", metavar="MODEL", help="image-to-text model (default: BLIP)")
     parser.add_argument("--keep-masks", action="store_true", help="do not fuse the masks that get the same name")
-    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
     parser.add_argument(
         "--batch-size", type=loading.positive_int, default=2, metavar="N", help="images a pass (default: %(default)s)"
     )
