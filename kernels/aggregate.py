@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -103,17 +103,10 @@ def aggregate(
         if computed[group.layers[0]]:
             _fill_logsumexps(group, output, queries, keys, rows, table)
 
-    attention = _summed_in(groups, output, out)
-    written: set[Grid] = set()
-    for group in groups:
-        if group.grid == output and output not in written:
-            _stretch(output, table, staged)
-        _sum_tiles(group, output, queries, keys, rows, table, staged, attention, group.grid in written)
-        written.add(group.grid)
-    if output not in written:
-        _store_staged(output, table, staged, attention)
-    if attention is not out:
-        out.copy_(attention)
+    _sum_groups(
+        groups, output, table, staged, out,
+        lambda group, memory, arguments: _sum_tiles(group, memory, arguments, output, queries, keys, rows),
+    )  # fmt: skip
 
 
 def aggregate_maps(
@@ -134,23 +127,44 @@ def aggregate_maps(
         words += [maps[layer].data_ptr(), 0, 0, _pack(ratios[layer], 0.0)]
     staged = _Staging(groups, dict.fromkeys(grids, 1), output, batch_size, device)
     table = integers_on_device(words + staged.words(), device)
-    attention = _summed_in(groups, output, out)
+    _sum_groups(
+        groups, output, table, staged, out,
+        lambda group, memory, arguments: _sum_rows(group, memory, arguments, output, maps),
+    )  # fmt: skip
+
+
+def _sum_groups(
+    groups: Sequence[_Group],
+    output: Grid,
+    table: Tensor,
+    staged: _Staging,
+    out: Tensor,
+    sum_group: Callable[[_Group, Tensor, dict[str, Any]], None],
+) -> None:
+    """Sums the layers of each group: into the staging buffer, or, at the output grid, with that buffer into ``out``.
+
+    ``sum_group`` launches a group's kernel, given the memory of the sum, [B, parts, n, n], and the arguments that all
+    kernels take.
+    """
+    launches = sum(group.grid == output for group in groups)
+    rounded = launches > 1 and out.dtype == torch.bfloat16  # each launch would round the sum
+    attention = torch.empty_like(out, dtype=torch.float32) if rounded else out
     written: set[Grid] = set()
     for group in groups:
-        if group.grid == output and output not in written:
+        full, first = group.grid == output, group.grid not in written
+        if full and first:
             _stretch(output, table, staged)
-        _sum_rows(group, output, maps, table, staged, attention, group.grid in written)
+        memory = attention[:, None] if full else staged.of(group.grid)
+        arguments = {
+            "table": table[group.table :], "out": memory, "stride_ob": memory.stride(0), "layers": len(group.layers),
+            **_upsampling(staged, table, output, full and first), "ACCUMULATE": not first,
+        }  # fmt: skip
+        sum_group(group, memory, arguments)
         written.add(group.grid)
     if output not in written:
         _store_staged(output, table, staged, attention)
     if attention is not out:
         out.copy_(attention)
-
-
-def _summed_in(groups: Sequence[_Group], output: Grid, out: Tensor) -> Tensor:
-    """``out``, or float32 memory where several launches would each round a sum in it to bfloat16."""
-    launches = sum(group.grid == output for group in groups)
-    return torch.empty_like(out, dtype=torch.float32) if launches > 1 and out.dtype == torch.bfloat16 else out
 
 
 def _cells(grid: Grid) -> int:
@@ -288,54 +302,36 @@ def _fill_logsumexps(
 
 def _sum_tiles(
     group: _Group,
+    out: Tensor,
+    arguments: dict[str, Any],
     output: Grid,
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
     rows: Sequence[Tensor],
-    table: Tensor,
-    staged: _Staging,
-    attention: Tensor,
-    accumulate: bool,
 ) -> None:
-    """Sums the group's layers: into the staging buffer, or, at the output grid, with that buffer into A_f."""
-    full = group.grid == output
-    out = attention[:, None] if full else staged.of(group.grid)
+    """Sums a group's layers into ``out`` [B, parts, n, n]; ``arguments`` as of :func:`_sum_groups`."""
     batch_size, parts, cells, _ = out.shape
     query = queries[group.layers[0]]
     config = _tile_config(query, cells)
     launch(
         _tiles_kernel, (_tiles(cells, config), parts, batch_size), config, out.device,
-        table=table[group.table :], out=out, stride_ob=out.stride(0), layers=len(group.layers),
-        share=None if full else triton.cdiv(query.shape[1], parts),
-        **_upsampling(staged, table, output, full and not accumulate), ACCUMULATE=accumulate,
+        **arguments, share=None if group.grid == output else triton.cdiv(query.shape[1], parts),
         **_products(group, queries, keys, rows),
     )  # fmt: skip
 
 
-def _sum_rows(
-    group: _Group,
-    output: Grid,
-    maps: Sequence[Tensor],
-    table: Tensor,
-    staged: _Staging,
-    attention: Tensor,
-    accumulate: bool,
-) -> None:
-    """:func:`_sum_tiles` of maps."""
-    full = group.grid == output
+def _sum_rows(group: _Group, out: Tensor, arguments: dict[str, Any], output: Grid, maps: Sequence[Tensor]) -> None:
+    """:func:`_sum_tiles` of maps, in one part; each row counts as divided by its sum on the grid ``output``."""
     first = maps[group.layers[0]]
-    out = attention if full else staged.of(group.grid)[:, 0]
-    batch_size, cells, _ = out.shape
-    weights = None if full else _upsampling_weights(group.grid, output, out.device)
+    batch_size, _, cells, _ = out.shape
+    weights = None if group.grid == output else _upsampling_weights(group.grid, output, out.device)
     unit = common_unit([maps[layer] for layer in group.layers])
     config = _row_config(_LARGEST_ROW, cells)
     launch(
         _rows_kernel, (cells, batch_size), config, out.device,
-        table=table[group.table :], first=first, weights=weights,
-        out=out, stride_ob=out.stride(0), layers=len(group.layers), heads=first.shape[1], cells=cells,
+        **arguments, first=first, weights=weights, heads=first.shape[1], cells=cells,
         stride_mb=first.stride(0) // unit, stride_mh=first.stride(1) // unit, stride_mq=first.stride(2) // unit,
         stride_mk=first.stride(3),
-        **_upsampling(staged, table, output, full and not accumulate), ACCUMULATE=accumulate,
         UNIT=unit, LAYERS=triton.next_power_of_2(len(group.layers)), SINGLE=cells <= config.blocks["BLOCK"],
     )  # fmt: skip
 
