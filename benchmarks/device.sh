@@ -88,8 +88,8 @@ run_build_test() {
     local status=0
     gpu_tests kernels tests/test_gpu_kernels.py tests/test_compat.py || status=$?
     if networks; then
-        gpu_tests networks tests/test_recorded.py tests/test_capture.py tests/test_sdpa.py tests/test_folder.py -k "not inductor" || status=$?
-        gpu_tests inductor tests/test_recorded.py tests/test_capture.py -k inductor || status=$?  # compiles for minutes
+        gpu_tests networks tests/test_graphs.py tests/test_capture.py tests/test_sdpa.py tests/test_folder.py -k "not inductor" || status=$?
+        gpu_tests inductor tests/test_graphs.py tests/test_capture.py -k inductor || status=$?  # compiles for minutes
     fi
     return $status
 }

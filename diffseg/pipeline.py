@@ -23,9 +23,7 @@ from . import backends, memory, ops, semantics
 from . import images as image_io
 from .capture import AttentionRecord, attention_grid, count_layers, moves_weights, record_pass
 from .checks import check_bool, check_integer, check_pair, check_rule, check_thresholds, check_weight_scheme, plain
-from .memory import in_parts
-from .ops import Proposals, Rule, Weights
-from .recorded import (
+from .graphs import (
     Options,
     Recordings,
     Segmented,
@@ -37,6 +35,8 @@ from .recorded import (
     staging,
     upload,
 )
+from .memory import in_parts
+from .ops import Proposals, Rule, Weights
 from .reference import Grid
 from .visualize import label_image
 
@@ -363,7 +363,7 @@ class DiffSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         On a GPU everything from pixels to labels is recorded as one CUDA graph. Later calls with as many images that
         are processed at the same size, with the same options, replay it; images of another size of their own get their
         labels outside the graph. Each shape holds the memory of its pass. Other calls run eagerly, which the logger of
-        ``diffseg.recorded`` says once a shape at debug level; so do those with ``refine`` or ``time_stages``. On a CPU
+        ``diffseg.graphs`` says once a shape at debug level; so do those with ``refine`` or ``time_stages``. On a CPU
         the same call is made once, so that kernels are loaded.
 
         The weights are laid out channels-last and, on a GPU, those of Q, K and V are copied into one product: they must

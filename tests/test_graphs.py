@@ -18,7 +18,7 @@ from diffusers import AutoencoderTiny
 from pipelines import THRESHOLD, load, pixel_pipeline, quiet
 
 import diffseg
-from diffseg import capture, recorded, testing
+from diffseg import capture, graphs, testing
 from diffseg.pipeline import DiffSegPipeline
 
 
@@ -31,13 +31,13 @@ def pipe():
 def replays(monkeypatch):
     """Counts the batches that recordings serve."""
     seen = []
-    serve = recorded.Recording.__call__
+    serve = graphs.Recording.__call__
 
     def counted(self, pictures):
         seen.append(len(pictures))
         return serve(self, pictures)
 
-    monkeypatch.setattr(recorded.Recording, "__call__", counted)
+    monkeypatch.setattr(graphs.Recording, "__call__", counted)
     return seen
 
 
@@ -140,7 +140,7 @@ def test_several_shapes_and_sizes_of_labels(pipe, replays):
 
 
 def test_what_is_not_recorded_runs_eagerly_and_is_said_once(pipe, replays, caplog):
-    with caplog.at_level(logging.DEBUG, logger="diffseg.recorded"):
+    with caplog.at_level(logging.DEBUG, logger="diffseg.graphs"):
         pipe(picture(16, 32))
         assert caplog.messages == []
         pipe.warmup(1, 16, 16)
@@ -201,7 +201,7 @@ def hook(attn):
 @pytest.mark.parametrize("alter", [adapt, quantise, hook])
 def test_projections_that_are_more_than_a_matrix_stay_apart(pipe, alter):
     alter(pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1)
-    assert not recorded.fuse_projections(pipe.unet)
+    assert not graphs.fuse_projections(pipe.unet)
     assert not joined(pipe.unet)
 
 
@@ -252,10 +252,10 @@ def test_joined_projections_come_apart(checkpoint):
     pipe = load(checkpoint)
     own, keys = pipe.unet.attn_processors, set(pipe.unet.state_dict())
     expected = pipe(picture(128, 128)).labels[0]
-    assert recorded.fuse_projections(pipe.unet)
-    assert not recorded.fuse_projections(pipe.unet)
+    assert graphs.fuse_projections(pipe.unet)
+    assert not graphs.fuse_projections(pipe.unet)
     assert (pipe(picture(128, 128)).labels[0] == expected).mean() >= 0.999
-    recorded.split_projections(pipe.unet)
+    graphs.split_projections(pipe.unet)
     assert pipe.unet.attn_processors == own
     assert set(pipe.unet.state_dict()) == keys
     assert np.array_equal(pipe(picture(128, 128)).labels[0], expected)
@@ -335,8 +335,8 @@ def test_no_call_asks_diffusers_where_and_in_what_it_runs(pipe, monkeypatch):
 def test_a_recorded_call_does_not_walk_the_modules(pipe, monkeypatch):
     """Which diffusers does to say where a pipeline runs; in a full-size UNet that takes as long as half the forward."""
     pipe.warmup(1, 16, 16)
-    found = recorded.Segmented([torch.zeros(16, 16, dtype=torch.int32)], torch.ones(1, dtype=torch.int32), None, None)
-    monkeypatch.setattr(recorded.Recording, "__call__", lambda self, pictures: found)
+    found = graphs.Segmented([torch.zeros(16, 16, dtype=torch.int32)], torch.ones(1, dtype=torch.int32), None, None)
+    monkeypatch.setattr(graphs.Recording, "__call__", lambda self, pictures: found)
     monkeypatch.setattr(torch.nn.Module, "modules", lambda self: pytest.fail("walked"))
     assert pipe(picture()).num_segments == [1]
 
@@ -364,7 +364,7 @@ def test_labels_that_stay_on_the_device_are_copied_before_the_wait(pipe, monkeyp
     """After it another thread may replay on a stream of its own."""
     expected = pipe(picture(), output_type="pt").labels[0]
     buffers = []
-    at, wait = recorded.Segmented.at, recorded.download
+    at, wait = graphs.Segmented.at, graphs.download
 
     def keep(*arguments):
         buffers.append(at(*arguments))
@@ -376,7 +376,7 @@ def test_labels_that_stay_on_the_device_are_copied_before_the_wait(pipe, monkeyp
             each.fill_(-1)
         return arrived
 
-    monkeypatch.setattr(recorded.Segmented, "at", keep)
+    monkeypatch.setattr(graphs.Segmented, "at", keep)
     monkeypatch.setattr(diffseg.pipeline, "download", wait_while_another_replays)
     assert torch.equal(pipe(picture(), output_type="pt").labels[0], expected)
 
@@ -386,7 +386,7 @@ class FakeCuda:
 
     def __init__(self, monkeypatch):
         self.current, self.captures, self.most_captures = threading.local(), 0, 0
-        monkeypatch.setattr(recorded, "staging", lambda shape, device: (torch.zeros(1), torch.zeros(1)))
+        monkeypatch.setattr(graphs, "staging", lambda shape, device: (torch.zeros(1), torch.zeros(1)))
         for name, fake in {
             "Stream": lambda: SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None),
             "current_stream": lambda: getattr(self.current, "stream", None),
@@ -419,7 +419,7 @@ class FakeCuda:
 
 
 def recording_on_a_gpu(run):
-    return recorded.Recording(run, recorded.Shape(1, (16, 16)), torch.device("cuda"))
+    return graphs.Recording(run, graphs.Shape(1, (16, 16)), torch.device("cuda"))
 
 
 def test_one_capture_at_a_time(monkeypatch):
@@ -456,14 +456,14 @@ def test_downloads_are_to_the_host_whatever_the_default_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     labels = torch.arange(6, dtype=torch.int32)
-    assert torch.equal(recorded.download([labels])[0], labels)
+    assert torch.equal(graphs.download([labels])[0], labels)
 
 
 def test_pipelines_that_share_a_unet_share_its_lock(pipe):
     other = DiffSegPipeline.from_pipe(pipe)
-    assert recorded.lock_of(other.unet) is recorded.lock_of(pipe.unet)
-    assert recorded.lock_of(torch.compile(pipe.unet)) is recorded.lock_of(pipe.unet)
-    assert recorded.lock_of(pixel_pipeline().unet) is not recorded.lock_of(pipe.unet)
+    assert graphs.lock_of(other.unet) is graphs.lock_of(pipe.unet)
+    assert graphs.lock_of(torch.compile(pipe.unet)) is graphs.lock_of(pipe.unet)
+    assert graphs.lock_of(pixel_pipeline().unet) is not graphs.lock_of(pipe.unet)
 
 
 def test_a_cast_waits_for_the_call_under_way(pipe):
