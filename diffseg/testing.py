@@ -114,14 +114,13 @@ def tiny_pipeline(
     layout: Literal["sd1", "sd2"],
     directory: str | Path,
     *,
-    seed: int = 0,
     dtype: torch.dtype = torch.float32,
     **config: Any,
 ) -> Path:
     """Writes a whole random checkpoint that ``StableDiffusionPipeline.from_pretrained(directory)`` loads offline.
 
     Args:
-        layout, seed, dtype, config: as in :func:`tiny_unet`.
+        layout, dtype, config: as in :func:`tiny_unet`.
         directory: where to write; made if it is not there.
 
     Returns:
@@ -134,10 +133,10 @@ def tiny_pipeline(
 
     if layout not in ("sd1", "sd2"):
         raise ValueError(f"layout: expected 'sd1' or 'sd2', got {layout!r}")
-    unet = tiny_unet(layout, seed=seed, dtype=dtype, **config)
+    unet = tiny_unet(layout, dtype=dtype, **config)
     tokenizer = spelling_tokenizer()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         text_encoder = _tiny_text_encoder(tokenizer, unet.config.cross_attention_dim)
         vae = _tiny_vae()
     pipeline = StableDiffusionPipeline(
@@ -155,7 +154,7 @@ def tiny_pipeline(
 
 
 def stable_diffusion_components(
-    *, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
     """The arguments of ``DiffSegPipeline`` in Stable Diffusion 1.4's architecture, with random weights, for benchmarks.
 
@@ -163,13 +162,13 @@ def stable_diffusion_components(
     pipeline, and not in the forward pass.
 
     Args:
-        seed, dtype: as in :func:`tiny_unet`.
+        dtype: of the weights.
         device: where the weights are drawn, which takes seconds on a CPU; they depend on it.
     """
     device = torch.device(device)
     tokenizer = spelling_tokenizer()
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type), device:
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
         _sharpened(unet, _FULL_SCORE_GAIN)
         vae = AutoencoderKL(

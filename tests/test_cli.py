@@ -1,6 +1,7 @@
 """The command line, called as the entry point calls it, with the bundled model."""
 
 import io
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 import diffseg
-from diffseg import cli, native, segment_command, semantics, testing
+from diffseg import cli, native, segment_command, semantics
 from diffseg.bench import ceilings
 from diffseg.tiny import scenes
 
@@ -262,8 +263,8 @@ def test_wrong_requests(folder, capsys, no_work, arguments, message):
         ("text_encoder/model.safetensors", "version https://git-lfs.github.com/spec/v1", "SafetensorError: "),
     ],
 )
-def test_a_checkpoint_that_cannot_be_loaded(folder, capsys, file, content, message):
-    checkpoint = testing.tiny_pipeline("sd1", folder / "checkpoint")
+def test_a_checkpoint_that_cannot_be_loaded(folder, checkpoint, capsys, file, content, message):
+    checkpoint = shutil.copytree(checkpoint, folder / "checkpoint")
     (checkpoint / file).write_text(content)
     assert cli.main(["segment", "in", "--model", str(checkpoint)]) == 2
     assert f"diffseg: --model {checkpoint}: {message}" in capsys.readouterr().err

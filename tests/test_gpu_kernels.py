@@ -10,8 +10,10 @@ import pytest
 import torch
 from contract import (
     NETWORKS,
+    as_double,
     assert_layers_without_a_share_are_not_read,
     assert_numbered_as_the_reference,
+    assert_same_attention,
     skip_unless_it_runs,
 )
 from torch import Tensor
@@ -92,7 +94,7 @@ def segment(scene: Scene, backend: str, **options: Any) -> Tensor:
 def oracle(scene: Scene) -> Tensor:
     """A_f in float64."""
     return diffseg.aggregate(
-        [query.double() for query in scene.queries], [key.double() for key in scene.keys], grids=scene.grids,
+        as_double(scene.queries), as_double(scene.keys), grids=scene.grids,
         dtype=torch.float64, backend="reference",
     )  # fmt: skip
 
@@ -113,10 +115,7 @@ def no_waiting() -> Iterator[None]:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_aggregate_meets_the_contract(backend: str, network: str, dtype: torch.dtype, given: bool) -> None:
     scene = make_scene(network, dtype=dtype)
-    found = aggregate(scene, backend, given=given)
-    expected = oracle(scene)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
-    assert (found.double().sum(-1) - 1).abs().max() < 1e-5
+    assert_same_attention(aggregate(scene, backend, given=given), oracle(scene))
 
 
 @pytest.mark.parametrize("grids", [[(48, 48), (24, 24), (12, 12)], [(20, 37), (9, 37), (12, 12)]])
@@ -131,10 +130,8 @@ def test_aggregate_maps_meets_the_contract(backend: str, dtype: torch.dtype) -> 
     grids = [(64, 64), (32, 32), (64, 64), (24, 40), (8, 8)]
     maps = [torch.rand(2, 4, h * w, h * w, device="cuda").to(dtype) for h, w in grids]
     found = diffseg.aggregate_maps(maps, grids=grids, backend=backend)
-    expected = diffseg.aggregate_maps(
-        [layer.double() for layer in maps], grids=grids, dtype=torch.float64, backend="reference"
-    )
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
+    expected = diffseg.aggregate_maps(as_double(maps), grids=grids, dtype=torch.float64, backend="reference")
+    assert_same_attention(found, expected)
     memory = torch.full((found.numel() + 1,), torch.nan, device="cuda")
     for out in (memory[:-1].view_as(found), memory[1:].view_as(found)):  # aligned for vectors, and not
         assert diffseg.aggregate_maps(maps, grids=grids, backend=backend, out=out) is out
@@ -197,10 +194,9 @@ def test_odd_shapes_agree_with_the_oracle(backend: str, grids: list[tuple[int, i
             made.append((features[:, :, region.long()] + 0.3 * noise).half())
     found = diffseg.aggregate(queries, keys, grids=grids, backend=backend)
     expected = diffseg.aggregate(
-        [query.double() for query in queries], [key.double() for key in keys], grids=grids, dtype=torch.float64,
-        backend="reference",
+        as_double(queries), as_double(keys), grids=grids, dtype=torch.float64, backend="reference",
     )  # fmt: skip
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
+    assert_same_attention(found, expected)
     options = {"grid": grids[0], "anchors": 9, "rule": rule}
     labels, oracle_labels = (
         diffseg.label(diffseg.merge(maps, backend=name, **options), (111, 170), backend=name)
@@ -281,8 +277,7 @@ def test_cross_attention_meets_the_contract(backend: str, network: str, dtype: t
     scene = make_scene(network, batch=2, dtype=dtype)
     text, options = make_text(scene), {"tokens": WORDS, "grids": scene.grids, "size": scene.size}
     found = diffseg.aggregate_cross(scene.queries, text, backend=backend, **options)
-    wide = [[each.double() for each in tensors] for tensors in (scene.queries, text)]
-    expected = diffseg.aggregate_cross(*wide, backend="reference", **options)
+    expected = diffseg.aggregate_cross(as_double(scene.queries), as_double(text), backend="reference", **options)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
     labels = segment(scene, backend)
     scores = diffseg.score_masks(found, labels, backend=backend)
@@ -306,8 +301,7 @@ def test_cross_attention_of_odd_shapes_meets_the_contract(backend: str, dtype: t
     keys = [randn(2, 3, tokens, 63) for _ in grids]
     options: dict[str, Any] = {"tokens": [[0], [tokens - 1], [0, tokens // 2]], "grids": grids, "size": (111, 170)}
     found = diffseg.aggregate_cross(queries, keys, backend=backend, **options)
-    wide = [[each.double() for each in tensors] for tensors in (queries, keys)]
-    expected = diffseg.aggregate_cross(*wide, backend="reference", **options)
+    expected = diffseg.aggregate_cross(as_double(queries), as_double(keys), backend="reference", **options)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
 
 

@@ -303,7 +303,7 @@ constexpr int kSumBytes = kTile * kSumPitch * static_cast<int>(sizeof(float));
 constexpr int kRowsOfWarp = kTile / (kThreads / 32);
 
 template <int kFragments>
-DIFFSEG_DEVICE void spread(const Sums<kFragments>& total, float* sums) {
+DIFFSEG_DEVICE void store_fragments(const Sums<kFragments>& total, float* sums) {
 #pragma unroll
     for (int i = 0; i < kFragments; ++i)
 #pragma unroll
@@ -344,7 +344,7 @@ template <int kFragments>
 DIFFSEG_DEVICE void store_tile(const Table& table, const Tile& tile, const Sums<kFragments>& total) {
     float* sums = reinterpret_cast<float*>(shared_memory());
     sync_block();  // the last chunk has been read
-    spread(total, sums);
+    store_fragments(total, sums);
     sync_block();
     const int first = threadIdx.x / 32 * kRowsOfWarp, quad = threadIdx.x % 32 * kQuad;
     const int row = tile.row + first, column = tile.column + quad, cells = tile.segment.cells;

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Whether an element is past the end of its list; lists without counts have none that is.
-DIFFSEG_DEVICE bool past(const int32_t* counts, int batch, int element) {
+DIFFSEG_DEVICE bool past_end(const int32_t* counts, int batch, int element) {
     return counts != nullptr && element >= counts[batch];
 }
 
@@ -104,7 +104,7 @@ template <Type kType>
 __global__ void __launch_bounds__(kThreads) terms_kernel(Rows maps, const int* positions, const int32_t* counts,
                                                          int cells, int pitch, uint16_t* terms, float* entropies) {
     const int element = blockIdx.x, batch = blockIdx.y, length = gridDim.x;
-    if (past(counts, batch, element)) return;
+    if (past_end(counts, batch, element)) return;
     const int row = positions == nullptr ? element : positions[element];
     const int64_t start = batch * maps.batch + row * maps.row;
     const int64_t plane = static_cast<int64_t>(gridDim.y) * length * pitch;
@@ -245,7 +245,7 @@ template <Type kType>
 __global__ void __launch_bounds__(kThreads, 1) products_kernel(const __grid_constant__ Products in) {
     const int tiles = ceil_div(in.length, kTile);
     const int element = blockIdx.x % tiles * kTile, map = blockIdx.x / tiles * kTile, batch = blockIdx.z;
-    if (past(in.counts, batch, element) || past(in.counts, batch, map)) return;
+    if (past_end(in.counts, batch, element) || past_end(in.counts, batch, map)) return;
     const int first = blockIdx.y * in.part, end = first + in.part < in.cells ? first + in.part : in.cells;
     unsigned char* stages = shared_memory();
     float total[2][8][4] = {};
@@ -290,7 +290,7 @@ struct Bits {
 // Grid: (256 maps, length, batch). Bytes: 4 parts length rows read, an eighth of length rows written.
 __global__ void __launch_bounds__(kThreads) bits_kernel(const __grid_constant__ Bits in) {
     const int f = blockIdx.x * kThreads + threadIdx.x, element = blockIdx.y, batch = blockIdx.z;
-    const bool listed = f < in.rows && !past(in.counts, batch, f) && !past(in.counts, batch, element);
+    const bool listed = f < in.rows && !past_end(in.counts, batch, f) && !past_end(in.counts, batch, element);
     float cross = 0, entropy = 0;
     for (int part = 0; listed && part < in.parts; ++part) {
         const int64_t slab = static_cast<int64_t>(part) * gridDim.z + batch;
