@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,31 +18,33 @@ from diffseg.backends import BACKENDS, implementation
 
 _cpu = pytest.importorskip("diffseg._cpu")
 
-SCRIPT = """
-import torch, diffseg
-from diffseg import _cpu
-maps = torch.rand(1, 1, 16, 16)
-diffseg.aggregate_maps([maps])
-print(_cpu.isa())
-"""
+
+@pytest.fixture
+def chosen_anew() -> Iterator[None]:
+    """The instruction set that was in use comes back."""
+    before = _cpu.isa()
+    yield
+    native.cpu.cache_clear()
+    _cpu.use_isa(before)
 
 
-def started(isa: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "DIFFSEG_CPU_ISA": isa}
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def test_the_environment_forces_an_instruction_set(chosen_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for isa in _cpu.available_isas():
+        monkeypatch.setenv("DIFFSEG_CPU_ISA", isa)
+        native.cpu.cache_clear()
+        diffseg.aggregate_maps([torch.rand(1, 1, 16, 16)])
+        assert _cpu.isa() == isa
+    monkeypatch.setenv("DIFFSEG_CPU_ISA", "sse9")
+    native.cpu.cache_clear()
+    with pytest.raises(ValueError, match=r"DIFFSEG_CPU_ISA: expected one of .*, got 'sse9'"):
+        diffseg.aggregate_maps([torch.rand(1, 1, 16, 16)])
 
 
-def test_the_environment_forces_an_instruction_set():
-    isas = _cpu.available_isas()
-    processes = {isa: started(isa) for isa in (*isas, "", "sse9")}  # side by side: each imports torch
-    said = {isa: process.communicate(timeout=120) for isa, process in processes.items()}
-    printed = {isa: out.strip() for isa, (out, _) in said.items()}
-    assert printed == {**{isa: isa for isa in isas}, "": isas[0], "sse9": ""}, said
-    assert processes["sse9"].returncode != 0
-    assert "ValueError: DIFFSEG_CPU_ISA: expected one of" in said["sse9"][1]
-    assert "got 'sse9'" in said["sse9"][1]
+def test_the_preferred_instruction_set_is_in_use_by_itself() -> None:
+    script = "from diffseg import _cpu, native; native.cpu(); print(_cpu.isa())"
+    environment = {**os.environ, "DIFFSEG_CPU_ISA": ""}
+    said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == _cpu.available_isas()[0]
 
 
 @pytest.mark.parametrize("op", ["aggregate", "aggregate_maps", "merge", "label"])
