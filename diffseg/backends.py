@@ -120,17 +120,8 @@ def _load_triton() -> SimpleNamespace:
             raise ImportError(f"the interpreter of Triton before 3.7 needs NumPy before 2.4, found {numpy.__version__}")
     if not torch.cuda.is_available() and not _TRITON_INTERPRETED:
         raise ImportError("no CUDA or ROCm GPU is visible")
-    names = ("aggregate", "merge", "label", "cross")
-    modules = {name: importlib.import_module(f"diffseg.kernels.{name}") for name in names}
-    return SimpleNamespace(
-        aggregate=modules["aggregate"].aggregate,
-        aggregate_maps=modules["aggregate"].aggregate_maps,
-        merge=modules["merge"].merge,
-        label=modules["label"].label,
-        renumber=modules["label"].renumber,
-        aggregate_cross=modules["cross"].aggregate_cross,
-        score_masks=modules["cross"].score_masks,
-    )
+    modules = [importlib.import_module(f"diffseg.kernels.{name}") for name in ("aggregate", "merge", "label", "cross")]
+    return SimpleNamespace(**{op: getattr(module, op) for module in modules for op in OPS if hasattr(module, op)})
 
 
 def version_of(text: str) -> tuple[int, ...]:

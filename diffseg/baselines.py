@@ -1,4 +1,4 @@
-"""What DiffSeg is compared with: the paper's k-means on attention (appendix 8.4), k-means on colour, one segment.
+"""What DiffSeg is compared with: the paper's k-means on attention (appendix 8.4) and k-means on colour.
 
 k-means is scikit-learn's, with k-means++ and one start; a seed gives the same labels again.
 """
@@ -51,11 +51,6 @@ def kmeans_colour(image: NDArray[np.uint8], clusters: int, *, seed: int = SEED) 
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     features = np.dstack([image / 255, y / 2, x / 2]).reshape(-1, 5)
     return _kmeans(features, clusters, seed).reshape(height, width)
-
-
-def one_segment(size: Grid) -> Labels:
-    """Everything is one segment: what any method must beat. int32 [H, W]."""
-    return np.zeros(size, np.int32)
 
 
 def _kmeans(points: NDArray[np.floating[Any]], clusters: int, seed: int) -> Labels:

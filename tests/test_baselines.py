@@ -1,4 +1,4 @@
-"""The baselines: k-means on attention and on colour, one segment."""
+"""The baselines: k-means on attention and on colour."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,3 @@ def test_coordinates_weigh_half_as_much_as_colour(step, by_colour):
     image[0, 1::2] = step
     labels = baselines.kmeans_colour(image, 2)[0]
     assert np.array_equal(labels == labels[0], [True, False, True, False] if by_colour else [True, True, False, False])
-
-
-def test_one_segment():
-    assert np.array_equal(baselines.one_segment((2, 3)), np.zeros((2, 3)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import diffseg
-from diffseg import Proposals, backends
+from diffseg import Proposals
 
 pytest.importorskip("diffseg._cpu")
 
@@ -165,20 +163,3 @@ def test_winners_are_listed_and_order_of_images_is_nothing(
     assert (found < proposals.counts[:, None, None]).all()
     flipped = Proposals(proposals.maps.flip(0), proposals.counts.flip(0), grid)
     assert torch.equal(label(flipped, size).flip(0), found)
-
-
-def test_auto_picks_the_kernel_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    native = backends.BACKENDS["cpu"].load()
-    original = native.label
-
-    def counted(*arguments: Any) -> Tensor:
-        calls.append(arguments[0].dtype)
-        return original(*arguments)
-
-    monkeypatch.setattr(native, "label", counted)
-    proposals = random_proposals((5, 7), [6], 6)
-    diffseg.label(proposals, (31, 29))
-    diffseg.label(proposals._replace(maps=proposals.maps.double()), (31, 29))
-    diffseg.label(proposals, (31, 29), backend="reference")
-    assert calls == [torch.float32]

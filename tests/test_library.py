@@ -189,15 +189,6 @@ def test_export_with_the_size_of_an_image(strict):
         assert torch.equal(program.module()(*given), Segmenter()(*given))
 
 
-def test_gradients_are_refused():
-    queries, keys = layers()
-    queries[1].requires_grad_()
-    with pytest.raises(ValueError, match=r"queries\[1\]: requires grad"):
-        diffseg.segment(queries, keys, (16, 12), grids=GRIDS, anchors=4)
-    with torch.no_grad():
-        diffseg.segment(queries, keys, (16, 12), grids=GRIDS, anchors=4)
-
-
 @pytest.fixture(scope="module")
 def inputs():
     queries, keys = layers()
