@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,17 +140,7 @@ def start(state: Any, options: argparse.Namespace, needed: Sequence[str]) -> tup
     loading.check_output("--output", options.output)
     dataset = runs.on_main(state, lambda: _checked_dataset(options))
     pipe = loading.load_pipeline(options.model, device, options.dtype, announce=state.is_main_process)
-    settings = Settings.of(
-        pipe,
-        threshold=options.threshold,
-        timestep=options.timestep,
-        anchors=options.anchors,
-        iterations=options.iterations,
-        weights=options.weights,
-        refine=options.refine,
-        processing_resolution=options.processing_resolution,
-        backend=options.backend,
-    )
+    settings = Settings.of(pipe, **{each.name: getattr(options, each.name, None) for each in fields(Settings)})
     loading.check_options(pipe, asdict(settings))
     return dataset, pipe, settings
 

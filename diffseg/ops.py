@@ -39,6 +39,8 @@ from .reference import Grid, evenly_spaced
 Rule = Literal["paper", "official"]
 Weights = str | Sequence[float]
 
+_MOST_REFINEMENTS = 300  # iterations of k-means
+
 
 class _Layers(NamedTuple):
     """What the operators take of the layers of a UNet."""
@@ -195,7 +197,7 @@ def merge(
     return Proposals(maps, counts, grid)
 
 
-def refine(attention: Tensor, proposals: Proposals, *, max_iterations: int = 300) -> Proposals:
+def refine(attention: Tensor, proposals: Proposals, *, max_iterations: int = _MOST_REFINEMENTS) -> Proposals:
     """k-means refinement, as in the published demo: Lloyd's iterations on rows of A_f from the proposals as centres.
 
     Runs until labels are stable or ``max_iterations`` are done; a cluster that ends empty is dropped. This op waits for
@@ -224,9 +226,6 @@ def refine(attention: Tensor, proposals: Proposals, *, max_iterations: int = 300
     check_integer("max_iterations", max_iterations, 1)
     maps, counts = operators.refine(attention, proposals.maps, proposals.counts, max_iterations)
     return Proposals(maps, counts, proposals.grid)
-
-
-_refine = refine  # segment has a parameter of that name
 
 
 def label(proposals: Proposals, size: Grid, *, backend: str = "auto") -> Tensor:
@@ -362,21 +361,17 @@ def segment(
         ValueError, TypeError: as those ops.
     """
     size = check_pair("size", size)
-    check_thresholds(threshold, iterations)
+    thresholds = check_thresholds(threshold, iterations)
     check_rule(rule)
     check_bool("refine", refine)
     layers = _checked_layers(queries, keys, grids, scales, logsumexps, weights, grid)
-    anchors = anchor_indices(layers.grid, anchors)
+    positions = anchor_indices(layers.grid, anchors)
     check_name(backend)
 
     def proposed(images: slice | None, out: Tensor | None) -> tuple[Tensor, Tensor]:
         attention = _aggregated(layers.of(images), torch.float32, backend, out)
-        found = merge(
-            attention, grid=layers.grid, anchors=anchors, iterations=iterations, threshold=threshold, rule=rule,
-            backend=backend,
-        )  # fmt: skip
-        maps, counts, _ = _refine(attention, found) if refine else found
-        return maps, counts
+        found: tuple[Tensor, Tensor] = operators.merge(attention, layers.grid, positions, thresholds, rule, backend)
+        return operators.refine(attention, *found, _MOST_REFINEMENTS) if refine else found
 
     maps, counts = in_parts(proposed, queries[0], layers.grid)
     return numbered_labels(Proposals(maps, counts, layers.grid), size, backend=backend)[0]
