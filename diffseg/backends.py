@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from . import native, reference
 from .reference import Grid
 
 OPS = ("aggregate", "aggregate_maps", "merge", "label", "renumber", "aggregate_cross", "score_masks")
@@ -67,14 +68,6 @@ class Backend:
         return None
 
 
-def _load_reference() -> Any:
-    return importlib.import_module("diffseg.reference")
-
-
-def _load_cpu() -> Any:
-    return importlib.import_module("diffseg.native").cpu()
-
-
 def _kernel_limit(
     _device: torch.device, *, anchors: int = 1, storage: torch.dtype = torch.float32, **_: Any
 ) -> str | None:
@@ -93,15 +86,11 @@ def _gpu_limit(device: torch.device, *, images: int = 1, **request: Any) -> str 
     return _kernel_limit(device, **request)
 
 
-def _load_cuda() -> Any:
-    return importlib.import_module("diffseg.native").cuda()
-
-
 def _cuda_limit(
     device: torch.device, *, lower_grids: Sequence[Grid] = (), summed_grids: Sequence[Grid] = (), **request: Any
 ) -> str | None:
-    kernels = _load_cuda()
-    reason: str | None = kernels.obstacle(device)
+    kernels = native.cuda()
+    reason = kernels.obstacle(device)
     if reason is None and len(lower_grids) > _CUDA_LOWER_GRIDS:
         return f"expected at most {_CUDA_LOWER_GRIDS} grids below the output's, got {len(lower_grids)}"
     return reason or kernels.row_obstacle(device, summed_grids) or _gpu_limit(device, **request)
@@ -163,7 +152,7 @@ BACKENDS = {
             summary="C++ kernels (diffseg._cpu)",
             device_types=("cpu",),
             dtypes=_KERNEL_DTYPES,
-            load=_load_cpu,
+            load=native.cpu,
             limit=_kernel_limit,
         ),
         Backend(
@@ -171,7 +160,7 @@ BACKENDS = {
             summary="CUDA kernels (diffseg._cuda)",
             device_types=("cuda",),
             dtypes=_KERNEL_DTYPES,
-            load=_load_cuda,
+            load=native.cuda,
             automatic=False,  # by name only, until measurements on a GPU are committed
             limit=_cuda_limit,
         ),
@@ -189,7 +178,7 @@ BACKENDS = {
             summary="pure torch",
             device_types=(),
             dtypes=dict.fromkeys(OPS, _FLOATS) | {"renumber": (torch.int32,)},
-            load=_load_reference,
+            load=lambda: reference,
         ),
     )
 }
