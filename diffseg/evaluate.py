@@ -139,7 +139,9 @@ def start(state: Any, options: argparse.Namespace, needed: Sequence[str]) -> tup
     loading.check_backend(options.backend, loading.find_device(device))
     loading.check_output("--output", options.output)
     dataset = runs.on_main(state, lambda: _checked_dataset(options))
-    pipe = loading.load_pipeline(options.model, device, options.dtype, announce=state.is_main_process)
+    pipe = loading.load_pipeline(
+        options.model, device, options.dtype, variant=options.variant, announce=state.is_main_process
+    )
     settings = Settings.of(pipe, **{each.name: getattr(options, each.name, None) for each in fields(Settings)})
     loading.check_options(pipe, asdict(settings))
     return dataset, pipe, settings
@@ -157,6 +159,7 @@ def described_run(options: argparse.Namespace, pipe: DiffSegPipeline, settings: 
         "classes": options.classes,
         "unlabelled": options.unlabelled,
         "model": str(Path(model).resolve()) if options.model and Path(model).is_dir() else model,
+        "variant": options.variant,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         **{name: value for name, value in asdict(settings).items() if name != "backend"},
     }

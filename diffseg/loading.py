@@ -36,6 +36,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--model", help=f"a diffusers checkpoint, such as {STABLE_DIFFUSION} (default: the bundled one)"
     )
+    parser.add_argument("--variant", help="of the files of --model, such as fp16, of half the size")
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
     parser.add_argument(
         "--dtype",
@@ -65,7 +66,7 @@ def add_parameters(parser: argparse._ActionsContainer) -> None:
 
 
 def load_pipeline(
-    model: str | None, device: str | None, dtype: str | None, *, announce: bool = True
+    model: str | None, device: str | None, dtype: str | None, *, variant: str | None = None, announce: bool = True
 ) -> DiffSegPipeline:
     """The pipeline of a checkpoint, or of the bundled model, without progress bars of its own."""
     from diffusers.utils import logging
@@ -75,6 +76,8 @@ def load_pipeline(
     from .tiny import MODEL
 
     check_checkpoint("--model", model)
+    if variant is not None and model is None:
+        raise UsageError("--variant: expected --model with it")
     place = find_device(device)
     dtype = dtype or _fastest_dtype(place, model)
     if announce:
@@ -82,7 +85,7 @@ def load_pipeline(
     for library in (logging, transformers_logging):  # beside bars of loading the progress over images is not seen
         library.disable_progress_bar()
     try:
-        pipe = DiffSegPipeline.from_pretrained(model or MODEL, dtype=getattr(torch, dtype)).to(place)
+        pipe = DiffSegPipeline.from_pretrained(model or MODEL, dtype=getattr(torch, dtype), variant=variant).to(place)
     except Exception as error:  # files that are not as diffusers, transformers or safetensors expect raise anything
         raise UsageError(f"--model {model or MODEL}: {type(error).__name__}: {error}") from error
     pipe.set_progress_bar_config(disable=True)

@@ -22,8 +22,8 @@ from .images import SUFFIXES, files_in
 from .loading import UsageError
 
 _NOTED = (  # in the files of labels
-    "model", "dtype", "threshold", "anchors", "iterations", "rule", "weights", "timestep", "processing_resolution",
-    "refine", "semantic", "caption", "labels", "captioner", "keep_masks",
+    "model", "variant", "dtype", "threshold", "anchors", "iterations", "rule", "weights", "timestep",
+    "processing_resolution", "refine", "semantic", "caption", "labels", "captioner", "keep_masks",
 )  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
         return 1 if incomplete else 0
 
     naming = _naming(options)
-    pipe = loading.load_pipeline(options.model, options.device, options.dtype)
+    pipe = loading.load_pipeline(options.model, options.device, options.dtype, variant=options.variant)
     asked = {name: getattr(options, name) for name in (*loading.OPTIONS, "processing_resolution", "refine")}
     asked |= {"time_stages": options.time, **naming}
     loading.check_options(pipe, asked)

@@ -270,6 +270,19 @@ def test_a_checkpoint_that_cannot_be_loaded(folder, checkpoint, capsys, file, co
     assert f"diffseg: --model {checkpoint}: {message}" in capsys.readouterr().err
 
 
+def test_a_variant_of_the_files(folder, checkpoint, capsys):
+    diffseg.DiffSegPipeline.from_pretrained(checkpoint).save_pretrained("half", variant="fp16")
+    command = ["segment", "in/scene0.png", "--model"]
+    assert cli.main([*command, "half"]) == 2
+    assert "--model half: OSError: " in capsys.readouterr().err
+    assert cli.main([*command, "half", "--variant", "fp16"]) == 0
+    assert cli.main([*command, str(checkpoint), "-o", "whole"]) == 0
+    found, expected = (Path(output, "scene0_labels.png") for output in ("segments", "whole"))
+    assert np.array_equal(Image.open(found), Image.open(expected))
+    assert cli.main(["segment", "in", "--variant", "fp16", "-o", "bundled"]) == 2
+    assert "--variant: expected --model with it" in capsys.readouterr().err
+
+
 def test_an_output_folder_that_is_read_only(folder, capsys, no_work, monkeypatch):
     def refuse(*, dir):
         raise PermissionError(13, "Permission denied", f"{dir}/x")

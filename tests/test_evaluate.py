@@ -120,6 +120,8 @@ def test_an_interrupted_run_does_no_image_twice(scenes, tmp_path, monkeypatch):
 
 def test_other_settings_are_refused(scenes, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "copy")
+    variant = str(tmp_path / "variant")
+    diffseg.DiffSegPipeline.from_pretrained(diffseg.tiny.MODEL).save_pretrained(variant, variant="fp16")
     for options, message in (
         (["--methods", "all", "--threshold", "0.07"], "threshold was 0.8, is 0.07"),
         (["--methods", "diffseg"], 'methods was ["diffseg", '),
@@ -127,6 +129,7 @@ def test_other_settings_are_refused(scenes, whole, tmp_path, capsys):
         (["--methods", "all", "--clusters", "11"], "is 11"),
         (["--methods", "all", "--dtype", "bfloat16"], 'dtype was "float32", is "bfloat16"'),
         (["--methods", "all", "--model", str(diffseg.tiny.MODEL)], 'model was "bundled"'),
+        (["--methods", "all", "--model", variant, "--variant", "fp16"], 'variant was null, is "fp16"'),
     ):
         assert run(scenes, tmp_path / "copy", "--limit", "3", *options) == 2
         error = capsys.readouterr().err
