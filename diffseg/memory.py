@@ -1,7 +1,7 @@
 """How much memory there is, and that of A_f, which a CPU keeps from one call to the next.
 
 PyTorch gives a CPU's memory back at once, and the next call touches as much for the first time: 64 MiB on a grid of
-64 x 64, for which the kernel may first have to make huge pages. That can take longer than aggregating.
+64 x 64, which the kernel has to map and clear first. That can take longer than aggregating.
 """
 
 from __future__ import annotations

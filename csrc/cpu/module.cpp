@@ -8,10 +8,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <array>
 #include <optional>
 #include <string>
@@ -85,28 +81,14 @@ Layer make_map_layer(const View& maps, int64_t heads, Pair grid, float ratio, in
     return {maps, {}, nullptr, heads, 0, grid_of(grid), 0, ratio, number};
 }
 
-// Asks for huge pages within A_f [batch, N, N], fresh memory mostly: first touching 64 MiB in small pages takes longer
-// than writing it.
-void advise_huge_pages(Grid grid, int64_t batch, uintptr_t out) {
-#ifdef __linux__
-    constexpr uintptr_t kHugePage = 2 << 20;
-    const int64_t cells = grid.cells();
-    const uintptr_t end = (out + batch * cells * cells * sizeof(float)) / kHugePage * kHugePage;
-    const uintptr_t start = (out + kHugePage - 1) / kHugePage * kHugePage;
-    if (start < end) madvise(pointer<void>(start), end - start, MADV_HUGEPAGE);  // a hint: it may be refused
-#endif
-}
-
 // The layer or image that has NaN or infinity, if there is one.
 std::optional<int64_t> bad(int64_t found) { return found == diffseg::kFinite ? std::nullopt : std::optional(found); }
 
 template <auto kKernel>  // &Kernels::aggregate, or &Kernels::aggregate_maps
-std::optional<int64_t> aggregate(const std::vector<Layer>& layers, Pair pair, int64_t batch, uintptr_t out,
+std::optional<int64_t> aggregate(const std::vector<Layer>& layers, Pair grid, int64_t batch, uintptr_t out,
                                  int threads) {
-    const Grid grid = grid_of(pair);
-    advise_huge_pages(grid, batch, out);
-    return bad((table->*kKernel)(layers.data(), static_cast<int64_t>(layers.size()), grid, batch, pointer<float>(out),
-                                 allowed(threads)));
+    return bad((table->*kKernel)(layers.data(), static_cast<int64_t>(layers.size()), grid_of(grid), batch,
+                                 pointer<float>(out), allowed(threads)));
 }
 
 std::optional<int64_t> merge(const View& attention, Pair grid, int64_t batch, const std::vector<int64_t>& anchors,
