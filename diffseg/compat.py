@@ -25,6 +25,7 @@ from torch.utils.dlpack import from_dlpack
 
 from . import backends, ops, reference
 from .checks import describe
+from .memory import attention_memory
 
 _SIDE = 64  # of the grid of A_f
 _CELLS = _SIDE * _SIDE
@@ -137,8 +138,10 @@ class DiffSeg:
         thresholds = _check_thresholds(self.kl_threshold)
         masks = []
         for maps in zip(*layers, strict=True):
-            attention, scale = self._aggregate(maps, weight_ratio)
-            masks.append(self._masks(attention, scale, thresholds, self.grid))
+            ratios, images = self._ratios(maps, weight_ratio), self._on_device(maps)
+            with attention_memory(images[0], (_SIDE, _SIDE)) as out:
+                attention = self._aggregate(images, ratios, out)
+                masks.append(self._masks(attention, sum(ratios), thresholds, self.grid))
         return np.stack(masks)
 
     def aggregate_weights(
@@ -150,8 +153,9 @@ class DiffSeg:
         """
         _check_weight_list(weight_list)
         maps = [_self_attention(f"weight_list[{index}]", weights) for index, weights in enumerate(weight_list)]
-        attention, scale = self._aggregate(maps, weight_ratio)
-        return _to_numpy(attention.double().mul_(scale)).reshape(_SIDE, _SIDE, _SIDE, _SIDE)
+        ratios = self._ratios(maps, weight_ratio)
+        attention = self._aggregate(self._on_device(maps), ratios)
+        return _to_numpy(attention.double().mul_(sum(ratios))).reshape(_SIDE, _SIDE, _SIDE, _SIDE)
 
     def aggregate_x_weights(
         self, weight_list: Sequence[Any], weight_ratio: Sequence[float] | None = None
@@ -283,12 +287,14 @@ class DiffSeg:
             raise ValueError(f"weight_ratio: expected no negative number and a positive sum, got {weight_ratio}")
         return [float(ratio) for ratio in ratios]
 
-    def _aggregate(self, maps: Sequence[Tensor], weight_ratio: Sequence[float] | None) -> tuple[Tensor, float]:
-        """A_f [1, N, N], rows of sum 1, and the sum that the published rows have."""
-        ratios = self._ratios(maps, weight_ratio)
+    def _on_device(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps [heads, n, n] as [1, heads, n, n], of one dtype."""
         dtype = reduce(torch.promote_types, (layer.dtype for layer in maps))
-        layers = [self._moved(layer[None]).to(dtype) for layer in maps]
-        return ops.aggregate_maps(layers, weights=ratios, grid=(_SIDE, _SIDE), backend=self.backend), sum(ratios)
+        return [self._moved(layer[None]).to(dtype) for layer in maps]
+
+    def _aggregate(self, layers: list[Tensor], ratios: list[float], out: Tensor | None = None) -> Tensor:
+        """A_f [1, N, N], rows of sum 1; the published rows have the sum of ``ratios``."""
+        return ops.aggregate_maps(layers, weights=ratios, grid=(_SIDE, _SIDE), backend=self.backend, out=out)
 
     def _attention(self, attns: Any) -> tuple[Tensor, float]:
         """Maps [64, 64, 64, 64] as A_f [1, N, N] with rows of sum 1, and the sum that they had."""

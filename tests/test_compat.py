@@ -15,6 +15,7 @@ from contract import SIDES, golden
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffseg import memory
 from diffseg.compat import DiffSeg
 from diffseg.metrics import matched_accuracy
 
@@ -228,6 +229,14 @@ def test_array_kinds_of_a_batch() -> None:
     segmentor = DiffSeg(0.5, False, 2, backend="reference", device="cpu")
     labels = segmentor.segment(*layers, weight_ratio=[1, 0, 0, 0])
     assert np.array_equal(labels[0], np.array([[0, 1], [2, 3]]).repeat(256, 0).repeat(256, 1))
+
+
+def test_images_take_turns_in_the_memory_of_attention() -> None:
+    memory.release()
+    layers = [np.repeat(layer, 2, 0) for layer in quadrant_layers()]
+    labels = DiffSeg(0.5, False, 2).segment(*layers, weight_ratio=[1, 0, 0, 0])
+    assert np.array_equal(labels[0], labels[1])
+    assert [len(each) for each in memory._kept] == [4096**2]
 
 
 def test_steps_by_hand_are_segment() -> None:
