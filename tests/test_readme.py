@@ -169,7 +169,7 @@ def test_the_bounds_hold_as_much_of_a_second_run_as_is_said():
     assert f"agree in all {sum(pair.agree for pair in pairs)} ratios; {sum(pair.within for pair in pairs)} lie" in text
     assert f"of the {len(held)} that either run holds against the other's bounds {sum(held)} lie" in text
     assert f"lie within, {share} in 100" in text
-    assert f"between two committed runs, {share} % of the figures fell within" in " ".join(README.split())
+    assert f"between two committed runs, {share} % of the figures fell within." in " ".join(README.split())
 
 
 def test_the_evaluation_is_that_of_the_results():
