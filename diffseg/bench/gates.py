@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, reference
+from ..memory import of_images
 from ..reference import Grid
 from .cases import Case
 
@@ -51,10 +52,7 @@ def attention_gate(case: Case, maps: Sequence[Tensor] | None = None) -> Gate:
     items = _items(case.batch)
     rows = torch.randperm(cells)[:_ROWS].sort().values
     expected = [_oracle_rows(case, maps, ratios, item, rows) for item in items]
-    if maps is None:
-        whole = case.aggregate((case.queries, case.keys, case.logsumexps), backend="reference")[items]
-    else:
-        whole = case.aggregate_maps(maps, backend="reference")[items]
+    whole = [_reference(case, maps, slice(item, item + 1)) for item in items]
 
     def gate(found: Tensor) -> None:
         if found.shape != (case.batch, cells, cells):
@@ -236,6 +234,15 @@ def agreement(found: Tensor, expected: Tensor) -> float:
             columns_taken.add(column)
             total += int(pixels[index])
     return total / found.numel()
+
+
+def _reference(case: Case, maps: Sequence[Tensor] | None, image: slice) -> Tensor:
+    """A_f [N, N] of one image by the reference."""
+    if maps is not None:
+        return case.aggregate_maps(of_images(list(maps), image), backend="reference")[0]
+    logsumexps = case.logsumexps and of_images(case.logsumexps, image)
+    given = (of_images(case.queries, image), of_images(case.keys, image), logsumexps)
+    return case.aggregate(given, backend="reference")[0]
 
 
 def _items(batch: int) -> list[int]:

@@ -423,9 +423,10 @@ def _with(run: Callable[[Any, str], Any], way: str, given: Any) -> Any:
 
 
 def memory_needed(row: Row) -> float:
-    """About how many bytes a row takes: A_f of the batch three times, and the float64 oracle's of one image."""
+    """About how many bytes a row takes: A_f of the batch three times, the gate's of two images, the float64 oracle's of
+    one."""
     if row.stage in ("call", *NETWORK_STAGES):
         return 0.0
     heads = {"golden": 2, "bundled": 10, "sd14": 40}.get(row.case, 2)
     maps = {"maps": 3, "published": 2}.get(row.stage, 0) * heads * row.batch  # and what a copy of as many takes
-    return float(row.cells**2) * (4 * (3 * row.batch + maps) + 40)
+    return float(row.cells**2) * (4 * (3 * row.batch + 2 + maps) + 40)
